@@ -1,0 +1,3 @@
+"""attncheck: does an attention operator really work on DTensors?"""
+
+__version__ = "0.1.0"

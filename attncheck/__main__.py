@@ -1,0 +1,6 @@
+"""`python -m attncheck`."""
+
+from attncheck.cli import main
+
+if __name__ == "__main__":
+    main()

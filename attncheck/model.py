@@ -1,0 +1,420 @@
+"""The data every part of attncheck passes on: cases, outcomes, findings, reports, and their JSON.
+
+Frozen dataclasses and one codec. This module owns the report's schema: `SCHEMA_VERSION` changes when
+a field changes its meaning or goes away, never when one is added. Imports neither torch nor anything
+else of ours but the error type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import types
+import typing
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+from attncheck.errors import UserError
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+class Status(str, Enum):
+    """What happened when a case ran, worst first; the last two stand beside the scale."""
+
+    HANG = "hang"
+    CRASH = "crash"
+    DIVERGED = "diverged"
+    WRONG = "wrong"
+    MISSING_STRATEGY = "missing_strategy"
+    MIXED_TENSOR = "mixed_tensor"
+    ERROR = "error"
+    DRIFT = "drift"
+    REDISTRIBUTED = "redistributed"
+    SUPPORTED = "supported"
+    UNAVAILABLE = "unavailable"
+    UNKNOWN = "unknown"
+
+    @property
+    def rank(self) -> int:
+        """0 is the worst. `unknown` and `unavailable` rank after everything that ran."""
+        return _STATUS_ORDER[self]
+
+    @property
+    def ran(self) -> bool:
+        return self not in (Status.UNAVAILABLE, Status.UNKNOWN)
+
+    @property
+    def usable(self) -> bool:
+        """The result is right; it may cost communication."""
+        return self in (Status.SUPPORTED, Status.REDISTRIBUTED)
+
+
+_STATUS_ORDER = {status: i for i, status in enumerate(Status)}
+
+
+class Severity(str, Enum):
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+
+    @property
+    def rank(self) -> int:
+        return ("error", "warning", "info").index(self.value)
+
+
+class Reason(str, Enum):
+    """Why a case is `unavailable`."""
+
+    PACKAGE_MISSING = "package_missing"
+    EXTENSION_NOT_LOADABLE = "extension_not_loadable"
+    VERSION_UNSUPPORTED = "version_unsupported"
+    DEVICE_MISSING = "device_missing"
+    SETTING_REFUSED = "setting_refused"
+    PROBE_NOT_LOADABLE = "probe_not_loadable"
+    NOT_RUN = "not_run"
+
+
+@dataclass(frozen=True)
+class Case:
+    """The unit that is run: an operator in one setting, on a mesh, with placements, in a direction.
+
+    `placement` is the layout-independent pattern (`heads`; one name per mesh axis, joined by `,`);
+    `placements` is what it means for each tensor, written as PyTorch prints it (`S(1)`, `R`, `P(sum)`),
+    one entry per mesh axis; `["plain"]` for an argument passed as an ordinary tensor.
+    """
+
+    id: str
+    probe: str
+    operator: str
+    route: str
+    setting: Mapping[str, Any]
+    mesh: Mapping[str, int]
+    placement: str
+    placements: Mapping[str, tuple[str, ...]]
+    direction: str
+
+    @property
+    def setting_name(self) -> str:
+        return str(self.setting["name"])
+
+
+def case_id(
+    probe: str, operator: str, setting: str, route: str, mesh: Mapping[str, int], placement: str,
+    direction: str,
+) -> str:
+    """A stable, readable id: no versions, no counters.
+
+    >>> case_id("sdpa", "sdpa[MATH]", "causal", "dtensor", {"tp": 2}, "heads", "forward")
+    'sdpa/sdpa[MATH]/causal/dtensor/tp=2/heads/forward'
+    """
+    axes = "x".join(f"{axis}={size}" for axis, size in mesh.items())
+    return "/".join([probe, operator, setting, route, axes, placement, direction])
+
+
+@dataclass(frozen=True)
+class KernelOp:
+    """A dispatcher op that met a DTensor, as PyTorch writes it (`aten.bmm.default`).
+
+    `inputs` and `outputs` hold one entry per tensor: its placements, or `plain`.
+    """
+
+    op: str
+    phase: str
+    inputs: tuple[tuple[str, ...], ...] = ()
+    outputs: tuple[tuple[str, ...], ...] = ()
+    calls: int = 1
+
+
+@dataclass(frozen=True)
+class MissingOp:
+    """A kernel op that DTensor refused. `kind`: `strategy`, `mixed` or `propagation`."""
+
+    op: str
+    phase: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Communication caused by `kernel_op` in one `phase`, summed over its calls.
+
+    `name` is the collective that was asked for, even where the backend emulates it. `bytes` is what
+    one rank sends (the largest over ranks) under a ring algorithm: see `runner.observe`.
+    """
+
+    name: str
+    kernel_op: str
+    phase: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ErrorStat:
+    """Errors of one output or gradient against the float64 reference (absolute, in the tensor's unit).
+
+    `unsharded_max` is what the same operator shows on whole tensors in the same dtype, `bound` is
+    `2 * unsharded_max + atol(dtype)`, `ratio` is `max / bound`, `scale` is `max |reference|`.
+    """
+
+    max: float
+    mean: float
+    rms: float
+    unsharded_max: float
+    bound: float
+    ratio: float
+    scale: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something the oracle saw that is not a number: `code` is stable, `subject` names the tensor.
+
+    Codes: `wrong_result`, `wrong_gradient`, `drift_result`, `drift_gradient`, `nonfinite`,
+    `replicas_differ`, `local_shape` (a local tensor's shape is not what its placement says),
+    `second_call_differs` (the warm call gave another result than the first), `gradient_missing`,
+    `dropout_rate`, `dropout_shared` (shards drew the same random mask), `dropout_values`,
+    `plain_result` (DTensors went in, an ordinary tensor came out).
+    """
+
+    code: str
+    subject: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What one rank was doing: its hash seed, the last op it entered, and how it ended."""
+
+    rank: int
+    hash_seed: int
+    last_op: str = ""
+    exception: str = ""
+    collectives: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened when a case ran: facts, no judgement beyond the status.
+
+    `kernel_op` is the op that the status is about: the first missing one, the one that raised, the last
+    one entered before a hang or crash, the operator's own kernel op for a wrong value; empty where no
+    single op stands out. `outputs` holds the placements of `out` and of each gradient (`grad.q`);
+    `errors` has the same keys. `timings` are milliseconds: `first` and `warm` call.
+    """
+
+    status: Status
+    message: str = ""
+    kernel_op: str = ""
+    reason: Reason | None = None
+    exception_type: str = ""
+    kernel_ops: tuple[KernelOp, ...] = ()
+    missing_ops: tuple[MissingOp, ...] = ()
+    collectives: tuple[Collective, ...] = ()
+    outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    errors: Mapping[str, ErrorStat] = field(default_factory=dict)
+    facts: tuple[Fact, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    ranks: tuple[RankState, ...] = ()
+    standins: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """A case and what came of it: one entry of the report's `cases`."""
+
+    case: Case
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What mends a finding. `kind`: `strategy`, `redistribute`, `operator`, `route`, `install`, `report`.
+
+    `evidence` lists ids of cases of the same report that show it working; empty means that this scan
+    did not run it, and renderers must say so.
+    """
+
+    kind: str
+    text: str
+    code: str = ""
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    rule: str
+    name: str
+    severity: Severity
+    title: str
+    kernel_op: str
+    cases: tuple[str, ...]
+    fingerprint: str
+    message: str = ""
+    remedies: tuple[Remedy, ...] = ()
+
+
+def fingerprint(rule: str, subject: str) -> str:
+    """Stable across versions, seeds and machines: made of what is tested, never of what was measured."""
+    return hashlib.sha256(f"{rule}\0{subject}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One scan. `environment` is free-form JSON: versions, device, seeds, stand-ins, phase times."""
+
+    environment: Mapping[str, Any]
+    cases: tuple[CaseResult, ...]
+    findings: tuple[Finding, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """Cases per status, worst first; only statuses that occur."""
+        counts = Counter(result.outcome.status for result in self.cases)
+        return {status.value: counts[status] for status in Status if counts[status]}
+
+
+# --- codec ---------------------------------------------------------------------------------------
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, enums, tuples and mappings to plain JSON values; empty optional fields are left out."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, CaseResult):
+        return {**to_json(value.case), "outcome": to_json(value.outcome)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        out = {}
+        for f in dataclasses.fields(value):
+            item = getattr(value, f.name)
+            if _is_default(f, item):
+                continue
+            out[f.name] = to_json(item)
+        if isinstance(value, Report):
+            out = {"schema_version": value.schema_version, **out, "summary": value.summary}
+        return out
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    if isinstance(value, float) and value != value:
+        return "nan"  # JSON has no NaN or infinity; the decoder reads these three words back
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+def _is_default(f: dataclasses.Field[Any], item: Any) -> bool:
+    if f.default is not dataclasses.MISSING:
+        return bool(item == f.default)
+    if f.default_factory is not dataclasses.MISSING:
+        return bool(item == f.default_factory())
+    return False
+
+
+def from_json(cls: type[T], value: Any, where: str = "") -> T:
+    """The inverse of `to_json`. Raises UserError naming the place where the document is not as expected."""
+    return typing.cast("T", _decode(cls, value, where or cls.__name__))
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _decode(next(a for a in typing.get_args(kind) if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{where}: expected a list, found {_short(value)}.")
+        item = typing.get_args(kind)[0]
+        return tuple(_decode(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected an object, found {_short(value)}.")
+        item = typing.get_args(kind)[1]
+        return {k: _decode(item, v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        try:
+            return kind(value)
+        except ValueError:
+            known = ", ".join(str(m.value) for m in kind)
+            raise UserError(f"{where}: expected one of {known}; found {_short(value)}.") from None
+    if kind is CaseResult:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected an object, found {_short(value)}.")
+        rest = {k: v for k, v in value.items() if k != "outcome"}
+        return CaseResult(
+            _decode(Case, rest, where), _decode(Outcome, value.get("outcome"), f"{where}.outcome")
+        )
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, value, where)
+    if kind is float and isinstance(value, str) and value in ("nan", "inf", "-inf"):
+        return float(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where}: expected {kind.__name__}, found {_short(value)}.")
+    return value
+
+
+def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected an object, found {_short(value)}.")
+    hints = _hints(kind)
+    given = {}
+    for f in dataclasses.fields(kind):
+        if f.name in value:
+            given[f.name] = _decode(hints[f.name], value[f.name], f"{where}.{f.name}")
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: the field {f.name!r} is missing.")
+    return kind(**given)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def dump_report(report: Report) -> str:
+    """The report as JSON text, keys in the order of the fields."""
+    return json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def load_report(text: str, where: str = "report") -> Report:
+    """Parse a saved report. Raises UserError where the text is no report of a version we can read."""
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error}.") from None
+    if not isinstance(document, dict) or "schema_version" not in document:
+        raise UserError(f"{where} is not an attncheck report: it has no schema_version.")
+    version = document["schema_version"]
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{where} has schema_version {version}; this attncheck reads {SCHEMA_VERSION}."
+        )
+    return from_json(Report, document, where)
+
+
+def worst(statuses: Iterable[Status]) -> Status:
+    """The worst of some statuses (at least one)."""
+    return min(statuses, key=lambda s: s.rank)

@@ -1,0 +1,139 @@
+"""What a probe file is made of. Public: a user's own probe imports from here.
+
+A probe file defines one module-level `PROBE: Probe`. It says how operators are called; it never
+launches, measures or judges. It must import without torch (`attncheck list` and the planner read it in
+a process that never loads torch): import torch inside the functions that need it.
+
+The words for dims are the field's: a tensor dim is named by the role it plays, so that a placement can
+be stated once (`heads`) and mean `S(1)` in a (batch, heads, sequence, head_dim) layout and `S(2)` in a
+(batch, sequence, heads, head_dim) one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH = "batch"
+HEADS = "heads"
+KV_HEADS = "kv_heads"
+SEQUENCE = "sequence"
+KV_SEQUENCE = "kv_sequence"
+HEAD_DIM = "head_dim"
+OTHER = "-"  # a dim that no placement pattern shards (packed qkv, cu_seqlens, broadcast)
+
+LEVELS = ("quick", "default", "full")
+
+# A placement pattern, for one mesh axis: which roles it shards. Tensors without such a dim, and dims of
+# size 1 that broadcast, stay replicated.
+PATTERNS: Mapping[str, tuple[str, ...]] = {
+    "replicate": (),
+    "batch": (BATCH,),
+    "heads": (HEADS, KV_HEADS),
+    "sequence": (SEQUENCE, KV_SEQUENCE),
+    "query": (SEQUENCE,),  # queries sharded over the sequence, keys and values whole
+    "head_dim": (HEAD_DIM,),
+    "partial": (),  # the first tensor is P(sum), as after a row-wise linear without its reduction
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One configuration of a call.
+
+    `sizes`: the sizes by role (`batch`, `heads`, `kv_heads`, `sequence`, `kv_sequence`, `head_dim`).
+    `options`: whatever else the operator needs (`causal`, `window`, `mask` ...), JSON values only.
+    `level`: the lowest scan level that includes it. `placements`: the patterns it is run with at that
+    level (None: the operator's own list). `dropout`: a rate above 0 makes the oracle compare
+    distributions instead of values.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    dtype: str = "float32"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    level: str = "default"
+    placements: tuple[str, ...] | None = None
+    dropout: float = 0.0
+
+    def __getitem__(self, role: str) -> int:
+        return self.sizes[role]
+
+    def get(self, option: str, default: Any = None) -> Any:
+        return self.options.get(option, default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the report shows: name, dtype, sizes and options in one flat object."""
+        out: dict[str, Any] = {"name": self.name, "dtype": self.dtype, **self.sizes, **self.options}
+        if self.dropout:
+            out["dropout"] = self.dropout
+        return out
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor argument of an operator.
+
+    `dims` names the role of each dim, `sizes` gives its size. `fill`: `normal` (asymmetric random
+    values), `bool_mask`, `float_mask`, `slopes` (positive, one a head), `zeros`, `eye` (identity in the
+    last two dims), or `values` for the integers in `values`. `wrap`: how it meets the operator:
+    `pattern` (a DTensor placed by the case's pattern), `replicate` (always a replicated DTensor) or
+    `plain` (an ordinary tensor). `dtype`: None for the setting's own.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    sizes: tuple[int, ...]
+    requires_grad: bool = True
+    fill: str = "normal"
+    wrap: str = "pattern"
+    dtype: str | None = None
+    values: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert len(self.dims) == len(self.sizes), f"{self.name}: {self.dims} against {self.sizes}"
+
+
+Tensors = Mapping[str, "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An attention function as a user calls it.
+
+    `tensors(setting)` describes its tensor arguments, `call(setting, tensors)` calls it (on plain
+    tensors and on DTensors alike) and returns one tensor, and `reference(setting, tensors)` computes the
+    same in float64 on whole plain tensors, differentiably. `output_dims` names the roles of the output's
+    dims. `kernel_ops`: the dispatcher ops it is expected to reach, as PyTorch writes them. `packages`:
+    requirement strings of the distributions it needs. `standins`: compiled modules that
+    `attncheck.standins` can replace on CPU. `function` is the import path of the function where `name`
+    is a shorthand (one function, several backends). `slow`: known to be dear to propagate; the planner
+    runs it after the others.
+    """
+
+    name: str
+    tensors: Callable[[Setting], tuple[Tensor, ...]]
+    call: Callable[[Setting, Tensors], torch.Tensor]
+    reference: Callable[[Setting, Tensors], torch.Tensor]
+    settings: tuple[Setting, ...]
+    output_dims: tuple[str, ...] = ()
+    kernel_ops: tuple[str, ...] = ()
+    placements: tuple[str, ...] = ("replicate", "batch", "heads", "sequence")
+    packages: tuple[str, ...] = ()
+    standins: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    function: str = ""
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A family of operators: what one file on the probes shelf defines as `PROBE`."""
+
+    name: str
+    summary: str
+    operators: tuple[Operator, ...]
