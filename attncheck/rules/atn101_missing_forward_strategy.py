@@ -1,0 +1,64 @@
+"""ATN101: DTensor has no sharding strategy for a forward kernel op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from attncheck.model import CaseResult, Finding, MissingOp, Severity
+from attncheck.rules import missing, remedies
+from attncheck.rules.base import Rule
+
+DOCS = """\
+## What it does
+Names every kernel op that DTensor refuses in the forward pass because no sharding strategy is
+registered for it, or because sharding propagation fails for want of one. All refused ops of a
+call are named, not only the first that PyTorch raises on.
+
+## Why is this bad?
+The call raises on the first step. Worse, it hides what comes after: with one op mended the next
+one raises, and the backward op only when training starts.
+
+## Example
+```python
+mesh = init_device_mesh("cuda", (2,), mesh_dim_names=("tp",))
+q, k, v = (distribute_tensor(x, mesh, [Shard(2)]) for x in (q, k, v))  # heads
+flash_attn_func(q, k, v)
+# NotImplementedError: Operator flash_attn._flash_attn_forward.default does not have a sharding
+# strategy registered.
+```
+
+## What to do
+Use an operator that the finding lists as working, redistribute to a placement under which this
+one works, or call it through `local_map`, so that DTensor never sees the op. Registering a
+strategy with `register_sharding` mends it for every caller: register forward and backward, before
+the first use, with `RuntimeSchemaInfo(static_argnum=<first argument that is no tensor>)`, or
+flags such as `causal` are not part of the cache key and a stale strategy is served.
+"""
+
+
+def _is_forward(op: MissingOp) -> bool:
+    return op.phase != "backward"
+
+
+def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
+    for group, refusals in missing.groups(results, missing.STRATEGY, _is_forward):
+        yield RULE.finding(
+            group,
+            f"{group.subject} has no sharding strategy: forward fails for {group.cases}",
+            message=missing.details(group, refusals, results),
+            remedies=[
+                *remedies.working(group, results),
+                *remedies.local_map(group, results),
+                *remedies.strategy(group.kernel_op),
+            ],
+        )
+
+
+RULE = Rule(
+    id="ATN101",
+    name="missing-forward-strategy",
+    since="0.1.0",
+    severity=Severity.ERROR,
+    docs=DOCS,
+    judge=judge,
+)

@@ -1,0 +1,64 @@
+"""ATN203: rounding grew beyond what the operator shows unsharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from attncheck.model import CaseResult, Fact, Finding, Severity, Status
+from attncheck.rules import remedies, values
+from attncheck.rules.base import Rule, group_by_op
+
+DOCS = """\
+## What it does
+Fires where the error against a float64 reference exceeds twice the error of the same operator on
+whole tensors in the same dtype (plus a few roundings of the result), while it still looks like
+rounding.
+
+## Why is this bad?
+Results change with the degree of parallelism by more than the dtype explains: an evaluation that
+is reproducible on one GPU is not on eight. Often a reduction runs in a lower precision than it
+should.
+
+## Example
+```python
+# a pending sum, left over from a row-wise linear
+q = DTensor.from_local(q_part.bfloat16(), mesh, [Partial()])
+F.scaled_dot_product_attention(q, k, v)  # the sum is carried out in bfloat16, inside the call
+```
+
+## What to do
+Reduce partial sums before the call, in float32 where it matters, or use an operator or a
+placement that the finding lists as working. If the drift is acceptable for you, ignore the rule
+for these cases.
+"""
+
+
+def _is_drift(fact: Fact) -> bool:
+    return fact.code in ("drift_result", "drift_gradient")
+
+
+def _applies(result: CaseResult) -> bool:
+    if any(_is_drift(fact) for fact in result.outcome.facts):
+        return True
+    # A drift without any fact still gets its finding; one that is all in its replicas is ATN204's.
+    return result.outcome.status is Status.DRIFT and not result.outcome.facts
+
+
+def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
+    for group in group_by_op(results, _applies):
+        yield RULE.finding(
+            group,
+            f"{group.subject} drifts beyond its unsharded rounding in {group.cases}",
+            message=values.details(group, results, _is_drift, lambda _: True),
+            remedies=remedies.working(group, results),
+        )
+
+
+RULE = Rule(
+    id="ATN203",
+    name="drift",
+    since="0.1.0",
+    severity=Severity.WARNING,
+    docs=DOCS,
+    judge=judge,
+)

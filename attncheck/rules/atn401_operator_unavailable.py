@@ -1,0 +1,118 @@
+"""ATN401: an operator could not be checked here, because something it needs is not there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from attncheck.model import CaseResult, Finding, Reason, Remedy, Severity
+from attncheck.rules import remedies, unavailable, wording
+from attncheck.rules.base import Group, Rule
+
+DOCS = """\
+## What it does
+Names operators that this scan could not run: a package is missing, a device is missing, or the
+operator itself refuses the setting on whole tensors, before any distribution.
+
+## Why is this bad?
+It is not, by itself. But nothing is known of the operator then, and a gap that is not written
+down is read as a pass.
+
+## Example
+```python
+import flash_attn
+# ModuleNotFoundError: No module named 'flash_attn'
+```
+
+## What to do
+For flash-attn run `attncheck scan --with flash-attn`; it needs no GPU. For other packages install
+them, for a missing device run the scan where the device is. A setting that the operator refuses
+needs nothing: it is listed so that you know it was not judged.
+"""
+
+# A case without a reason is unavailable all the same. `not_run` is not among them: a scan that was
+# cut short says nothing about the operator.
+REASONS = (Reason.PACKAGE_MISSING, Reason.DEVICE_MISSING, Reason.SETTING_REFUSED, None)
+
+_WORDS = {
+    Reason.PACKAGE_MISSING: "a package is missing",
+    Reason.DEVICE_MISSING: "a device is missing",
+    Reason.SETTING_REFUSED: "it refuses the setting on whole tensors",
+    None: "no reason was given",
+}
+_REQUIREMENT = re.compile(
+    r"([A-Za-z0-9][\w.\-]*(?:\s*[<>=!~]=?[\w.*,<>=!~]+)?)['`\"]? is not installed"
+)
+_MODULE = re.compile(r"No module named ['\"]([A-Za-z_]\w*)")
+
+
+def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
+    for group in unavailable.by_operator(results, REASONS):
+        reasons = {r.outcome.reason for r in group.results}
+        why = "; ".join(words for reason, words in _WORDS.items() if reason in reasons)
+        yield RULE.finding(
+            group,
+            f"{group.subject} is unavailable: {why} "
+            f"({wording.count(len(group.results), 'case')} not judged)",
+            message=[unavailable.settings(group), *unavailable.texts(group)],
+            remedies=[*_package(group), *_device(group)],
+        )
+
+
+def _with_reason(group: Group, reason: Reason) -> list[CaseResult]:
+    return [r for r in group.results if r.outcome.reason is reason]
+
+
+def _package(group: Group) -> list[Remedy]:
+    missing = _with_reason(group, Reason.PACKAGE_MISSING)
+    if not missing:
+        return []
+    wanted = sorted({_requirement(r.outcome.message) for r in missing} - {""})
+    if "flash-attn" in {_bare(name) for name in wanted or [missing[0].case.probe]}:
+        text = "Let attncheck bring flash-attn into its own environment; this needs no GPU."
+        return [remedies.untried("install", text, "attncheck scan --with flash-attn\n")]
+    if not wanted:
+        return [remedies.untried("install", "Install the package that the message names.")]
+    return [
+        remedies.untried(
+            "install",
+            f"Install what is missing: {', '.join(wanted)}. A distribution may be called otherwise "
+            "than its module.",
+            "pip install " + " ".join(f"'{w}'" for w in wanted) + "\n",
+        )
+    ]
+
+
+def _requirement(message: str) -> str:
+    """The missing distribution as pip takes it, as far as the message tells.
+
+    >>> _requirement("flash-attn>=2.7 is not installed")
+    'flash-attn>=2.7'
+    >>> _requirement("No module named 'xformers.ops'")
+    'xformers'
+    """
+    if found := _REQUIREMENT.search(message):
+        return found[1].replace(" ", "")
+    module = _MODULE.search(message)
+    return module[1].replace("_", "-") if module else ""
+
+
+def _bare(requirement: str) -> str:
+    return re.split(r"[<>=!~\s]", requirement)[0].replace("_", "-").lower()
+
+
+def _device(group: Group) -> list[Remedy]:
+    if not _with_reason(group, Reason.DEVICE_MISSING):
+        return []
+    text = "Run the scan on a machine that has the device, and compare the two reports."
+    return [remedies.untried("install", text)]
+
+
+RULE = Rule(
+    id="ATN401",
+    name="operator-unavailable",
+    since="0.1.0",
+    severity=Severity.INFO,
+    docs=DOCS,
+    judge=judge,
+)

@@ -1,0 +1,482 @@
+"""What mends a finding: alternatives that worked in the same scan, and code to try.
+
+A remedy with evidence names the cases of this scan that show it working; one without says that it
+was not run. Nothing is claimed in between.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from attncheck.model import Case, CaseResult, Remedy, Status
+from attncheck.probing import (
+    BATCH,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    KV_SEQUENCE,
+    SEQUENCE,
+)
+from attncheck.rules import wording
+from attncheck.rules.base import DTENSOR, Group, traffic, uneven_roles
+
+NOT_RUN = "Not run in this scan."
+PLAIN = ("plain",)
+
+_SIZES = (BATCH, HEADS, KV_HEADS, SEQUENCE, KV_SEQUENCE, HEAD_DIM)
+_MAX_OPERATORS = 3
+_MAX_PLACEMENTS = 4
+# Patterns under which each rank's own part is a complete attention problem.
+_LOCAL_PATTERNS = ("replicate", "batch", "heads")
+
+
+def untried(kind: str, text: str, code: str = "") -> Remedy:
+    """A remedy that this scan did not run, and that says so."""
+    return Remedy(kind, f"{text} {NOT_RUN}", code)
+
+
+# --- what worked in the same scan ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """An operator in one setting on one mesh with one placement, whatever the direction."""
+
+    probe: str
+    operator: str
+    route: str
+    setting: str
+    mesh: tuple[tuple[str, int], ...]
+    placement: str
+
+    @property
+    def who(self) -> tuple[str, str, str]:
+        return (self.operator, self.route, self.probe)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way out: how many of the failing calls it covers, with which cases."""
+
+    name: tuple[str, ...]
+    covers: int
+    cases: tuple[CaseResult, ...]
+
+    @property
+    def redistributed(self) -> int:
+        return sum(r.outcome.status is Status.REDISTRIBUTED for r in self.cases)
+
+    @property
+    def traffic(self) -> int:
+        return max((traffic(r.outcome) for r in self.cases), default=0)
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        return tuple(sorted({r.case.id for r in self.cases}))
+
+    @property
+    def cost(self) -> str:
+        if not self.traffic:
+            return "without communication of its own"
+        return f"at the price of up to {wording.size(self.traffic)} sent per rank and call"
+
+
+_Directions = Mapping[str, CaseResult]
+
+
+def _call_of(case: Case) -> _Call:
+    return _Call(
+        case.probe,
+        case.operator,
+        case.route,
+        case.setting_name,
+        tuple(case.mesh.items()),
+        case.placement,
+    )
+
+
+def _calls(results: Iterable[CaseResult]) -> dict[_Call, dict[str, CaseResult]]:
+    calls: dict[_Call, dict[str, CaseResult]] = {}
+    for result in sorted(results, key=lambda r: r.case.id):
+        calls.setdefault(_call_of(result.case), {})[result.case.direction] = result
+    return calls
+
+
+def _any_case(directions: _Directions) -> Case:
+    return directions[min(directions)].case
+
+
+def features(setting: Mapping[str, object]) -> frozenset[tuple[str, str]]:
+    """What a setting asks of an operator, whatever its name, dtype and sizes."""
+    asked = {
+        (key, json.dumps(value, sort_keys=True, default=str))
+        for key, value in setting.items()
+        if key not in (*_SIZES, "name", "dtype") and value not in (None, False, 0, "", [], ())
+    }
+    for fewer, more in ((KV_HEADS, HEADS), (KV_SEQUENCE, SEQUENCE)):
+        if setting.get(fewer, setting.get(more)) != setting.get(more):
+            asked.add((fewer, "differs"))
+    return frozenset(asked)
+
+
+def _equivalent(one: Case, other: Case) -> bool:
+    """The same setting by name, or another that asks the same of the operator."""
+    if bool(one.setting.get("causal")) != bool(other.setting.get("causal")):
+        return False
+    return one.setting_name == other.setting_name or features(one.setting) == features(
+        other.setting
+    )
+
+
+def _works(directions: _Directions, wanted: Iterable[str], free: bool) -> list[CaseResult]:
+    """The cases that show a call working in every wanted direction; none if it does not.
+
+    Forward counts always: a backward that works where forward alone does not is no way out. `free`:
+    only without communication.
+    """
+    needed = {*wanted} | ({"forward"} & directions.keys())
+    if not needed <= directions.keys():
+        return []
+    cases = [directions[direction] for direction in sorted(needed)]
+    for result in cases:
+        if not result.outcome.status.usable:
+            return []
+        if free and (result.outcome.status is not Status.SUPPORTED or result.outcome.collectives):
+            return []
+    return cases
+
+
+def _best_first(ways: Iterable[_Way]) -> list[_Way]:
+    return sorted(
+        (w for w in ways if w.covers), key=lambda w: (-w.covers, w.redistributed, w.traffic, w.name)
+    )
+
+
+def _share(covers: int, total: int) -> str:
+    if covers == total:
+        return "everywhere these cases fail" if total > 1 else "where this one fails"
+    return f"in {covers} of the {total} failing combinations of setting, placement and mesh"
+
+
+def other_operators(
+    group: Group, results: Sequence[CaseResult], *, free: bool = False
+) -> list[Remedy]:
+    """Other operators (or routes of the same one) that work where the group's cases fail."""
+    failing = _calls(group.results)
+    places: dict[tuple[object, str], list[tuple[_Call, dict[str, CaseResult]]]] = {}
+    for call, directions in _calls(results).items():
+        places.setdefault((call.mesh, call.placement), []).append((call, directions))
+    shown: dict[tuple[str, str, str], dict[_Call, list[CaseResult]]] = {}
+    for need, wanted in failing.items():
+        for call, directions in places.get((need.mesh, need.placement), []):
+            if call.who == need.who or not _equivalent(_any_case(wanted), _any_case(directions)):
+                continue
+            cases = _works(directions, wanted, free)
+            # Of several equivalent settings the one with the same name speaks, else the first.
+            known = shown.setdefault(call.who, {})
+            if cases and (need not in known or call.setting == need.setting):
+                known[need] = cases
+    ways = [
+        _Way(who, len(covered), tuple(case for cases in covered.values() for case in cases))
+        for who, covered in shown.items()
+    ]
+    own = {call.who for call in failing}
+    return [_operator_remedy(way, len(failing), own) for way in _best_first(ways)[:_MAX_OPERATORS]]
+
+
+def _operator_remedy(way: _Way, total: int, own: set[tuple[str, str, str]]) -> Remedy:
+    operator, route, probe = way.name
+    how = "" if route == DTENSOR else f" by the route `{route}`"
+    directions = {r.case.direction for r in way.cases}
+    which = "forward and backward" if "backward" in directions else "forward"
+    text = (
+        f"`{operator}`{how} works in this scan {_share(way.covers, total)} ({which}), {way.cost}."
+    )
+    other_route = way.name not in own and (operator, probe) in {(o, p) for o, _, p in own}
+    kind = "route" if other_route else "operator"
+    return Remedy(kind, text, evidence=way.evidence)
+
+
+def other_placements(
+    group: Group, results: Sequence[CaseResult], *, free: bool = False
+) -> list[Remedy]:
+    """Placements under which the same operator works, and the redistribution that gets there."""
+    calls = _calls(results)
+    failing = _calls(group.results)
+    covered: dict[str, list[tuple[_Call, list[CaseResult]]]] = {}
+    by_rest: dict[tuple[object, ...], list[tuple[_Call, dict[str, CaseResult]]]] = {}
+    for call, directions in calls.items():
+        by_rest.setdefault((call.who, call.setting, call.mesh), []).append((call, directions))
+    for need, wanted in failing.items():
+        for call, directions in by_rest.get((need.who, need.setting, need.mesh), []):
+            # PyTorch refuses a redistribution to a partial sum.
+            if call.placement == need.placement or "partial" in call.placement:
+                continue
+            if cases := _works(directions, wanted, free):
+                covered.setdefault(call.placement, []).append((need, cases))
+    ways = _best_first(
+        _Way((name,), len(shown), tuple(case for _, cases in shown for case in cases))
+        for name, shown in covered.items()
+    )[:_MAX_PLACEMENTS]
+    if not ways:
+        return []
+    # Among equals, a placement that still shares the work goes before one that gives it up.
+    ways.sort(key=lambda w: (-w.covers, _is_replicate(w.name[0])))
+    need, cases = covered[ways[0].name[0]][0]
+    names = ", ".join(f"{w.name[0]} ({w.covers} of {len(failing)}, {w.cost})" for w in ways)
+    text = (
+        "Redistribute before the call (which may itself communicate): in this scan the same "
+        f"operator works with {names}."
+    )
+    if _is_replicate(ways[0].name[0]):
+        text += " Replicated, every rank computes the whole attention."
+    code = _redistribute_code(_any_case(failing[need]), cases[0].case)
+    evidence = tuple(sorted({case for way in ways for case in way.evidence}))
+    return [Remedy("redistribute", text, code, evidence)]
+
+
+def working(group: Group, results: Sequence[CaseResult], *, free: bool = False) -> list[Remedy]:
+    """Everything that this scan has shown to work instead."""
+    return [
+        *other_operators(group, results, free=free),
+        *other_placements(group, results, free=free),
+    ]
+
+
+def _is_replicate(pattern: str) -> bool:
+    return set(pattern.split(",")) == {"replicate"}
+
+
+# --- code ----------------------------------------------------------------------------------------
+
+
+def python_placement(text: str) -> str | None:
+    """`S(1)` to `Shard(1)`; None for a placement that has no public constructor.
+
+    >>> [python_placement(t) for t in ("R", "S(1)", "P(sum)", "_S(1, 2)")]
+    ['Replicate()', 'Shard(1)', 'Partial()', None]
+    """
+    if text == "R":
+        return "Replicate()"
+    if text == "P(sum)":
+        return "Partial()"
+    shard = re.fullmatch(r"S\((\d+)\)", text)
+    return f"Shard({shard[1]})" if shard else None
+
+
+def _python_list(placements: Sequence[str]) -> str | None:
+    parts = [python_placement(text) for text in placements]
+    return None if None in parts else "[" + ", ".join(str(part) for part in parts) + "]"
+
+
+def _imports(code: str, *names: str) -> str:
+    """The import line for those of `names`, and of the placements, that occur in `code`."""
+    found = [n for n in (*names, "Partial", "Replicate", "Shard") if re.search(rf"\b{n}\(", code)]
+    found += [n for n in names if n not in found and re.search(rf"\b{n}\b", code)]
+    return f"from torch.distributed.tensor import {', '.join(sorted(found))}\n"
+
+
+def _redistribute_code(failing: Case, working_case: Case) -> str:
+    """Bring each tensor from the failing case's placements to the working one's."""
+    lines = []
+    for tensor, placements in working_case.placements.items():
+        if placements == failing.placements.get(tensor) or placements == PLAIN:
+            continue
+        target = _python_list(placements)
+        if target is None or failing.placements.get(tensor, PLAIN) == PLAIN:
+            return ""
+        lines.append(f"{tensor} = {tensor}.redistribute(placements={target})")
+    if not lines:
+        return ""
+    body = "\n".join(lines)
+    return f"{_imports(body)}\n{_where(failing)}\n{body}\n"
+
+
+def _where(case: Case) -> str:
+    return f"# setting {case.setting_name}, mesh {wording.mesh(case.mesh)}"
+
+
+def wrap_plain(group: Group, results: Sequence[CaseResult]) -> list[Remedy]:
+    """Make a DTensor of the ordinary tensor that met DTensors, where the case passes one."""
+    case = next((r.case for r in group.results if PLAIN in r.case.placements.values()), None)
+    if case is None:
+        return []
+    names = [name for name, placements in case.placements.items() if placements == PLAIN]
+    everywhere = _python_list(("R",) * len(case.mesh))
+    body = "\n".join(
+        f"{name} = DTensor.from_local({name}, mesh, {everywhere}, run_check=False)"
+        for name in names
+    )
+    code = (
+        f"{_imports(body, 'DTensor')}\n# every rank must hold the same {', '.join(names)}\n{body}\n"
+    )
+    shown = _wrapped_twins(group, results)
+    what = f"Pass {', '.join(names)} as a replicated DTensor instead of an ordinary tensor"
+    if not shown:
+        return [untried("redistribute", f"{what}.", code)]
+    cost = _Way((), len(shown), tuple(shown)).cost
+    text = f"{what}: {wording.count(len(shown), 'case')} of this scan did so and worked, {cost}."
+    return [Remedy("redistribute", text, code, tuple(sorted(r.case.id for r in shown)))]
+
+
+def _wrapped_twins(group: Group, results: Sequence[CaseResult]) -> list[CaseResult]:
+    """Usable cases that are a failing one but for its plain tensors, replicated DTensors there."""
+    twins = {}
+    for result in results:
+        if not result.outcome.status.usable or PLAIN in result.case.placements.values():
+            continue
+        if any(_is_wrapped(failed.case, result.case) for failed in group.results):
+            twins[result.case.id] = result
+    return [twins[case] for case in sorted(twins)]
+
+
+def _is_wrapped(failed: Case, other: Case) -> bool:
+    same = ("probe", "operator", "route", "mesh", "placement", "direction")
+    if any(getattr(failed, name) != getattr(other, name) for name in same):
+        return False
+    if (
+        PLAIN not in failed.placements.values()
+        or failed.placements.keys() != other.placements.keys()
+    ):
+        return False
+    for name, placements in failed.placements.items():
+        wanted = ("R",) * len(failed.mesh) if placements == PLAIN else placements
+        if other.placements[name] != wanted:
+            return False
+    # The one option that may differ is the one that says how the tensor is passed.
+    options = {key for key in (*failed.setting, *other.setting) if key != "name"}
+    return len([key for key in options if failed.setting.get(key) != other.setting.get(key)]) <= 1
+
+
+def local_map(group: Group, results: Sequence[CaseResult]) -> list[Remedy]:
+    """Run the operator on local shards, where its placements make each shard a whole problem."""
+    calls = {(r.case.probe, r.case.operator) for r in group.results}
+    if any(
+        (r.case.probe, r.case.operator) in calls
+        and r.case.route == "local_map"
+        and r.outcome.status.usable
+        for r in results
+    ):
+        return []  # other_operators has it, with evidence
+    for pick in (_own_target, _heads_target, _replicated_target):
+        for result in sorted(group.results, key=_of_interest):
+            if target := pick(result, results):
+                return [_local_map_remedy(result.case, target)]
+    return []
+
+
+def _of_interest(result: CaseResult) -> tuple[bool, bool, str]:
+    """Tensor parallelism first, replication last."""
+    patterns = result.case.placement.split(",")
+    return (HEADS not in patterns, _is_replicate(result.case.placement), result.case.id)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What `local_map` is told: placements by tensor, as code, and of the output."""
+
+    pattern: str
+    inputs: Mapping[str, str]
+    output: str
+    replicates_beside_shards: bool
+
+
+def _own_target(result: CaseResult, results: Sequence[CaseResult]) -> _Target | None:
+    return _target_from(result)
+
+
+def _heads_target(result: CaseResult, results: Sequence[CaseResult]) -> _Target | None:
+    """The same call with heads sharded: after an all-to-all every rank has whole sequences."""
+    call = _call_of(result.case)
+    twins = [
+        r
+        for r in results
+        if (c := _call_of(r.case)).who == call.who
+        and (c.setting, c.mesh) == (call.setting, call.mesh)
+        and HEADS in c.placement.split(",")
+        and set(c.placement.split(",")) <= set(_LOCAL_PATTERNS)
+    ]
+    # Every axis that shares the work beats one that replicates.
+    twins.sort(key=lambda r: (r.case.placement.count("replicate"), r.case.id))
+    return next((target for twin in twins if (target := _target_from(twin))), None)
+
+
+def _replicated_target(result: CaseResult, results: Sequence[CaseResult]) -> _Target | None:
+    everywhere = _python_list(("R",) * len(result.case.mesh)) or ""
+    inputs = {
+        name: "None" if placements == PLAIN else everywhere
+        for name, placements in result.case.placements.items()
+    }
+    return _Target("replicate", inputs, everywhere, False) if inputs else None
+
+
+def _target_from(result: CaseResult) -> _Target | None:
+    """The case's own placements, if each local shard under them is a whole problem of its own."""
+    case = result.case
+    if not set(case.placement.split(",")) <= set(_LOCAL_PATTERNS) or uneven_roles(case):
+        return None
+    # An ordinary tensor may have a dim that the others shard: its shards would no longer fit it.
+    if not case.placements or PLAIN in case.placements.values():
+        return None
+    query = case.placements.get("q", case.placements.get("query"))
+    output = result.outcome.outputs.get("out") if result.outcome.status.usable else query
+    written = {name: _python_list(placements) for name, placements in case.placements.items()}
+    out = _python_list(output) if output and not any(p.startswith("P") for p in output) else None
+    if _is_replicate(case.placement):
+        out = _python_list(("R",) * len(case.mesh))
+    if out is None or None in written.values():
+        return None
+    sharded = [any("S(" in p for p in placements) for placements in case.placements.values()]
+    inputs = {name: str(text) for name, text in written.items()}
+    return _Target(case.placement, inputs, out, any(sharded) and not all(sharded))
+
+
+def _local_map_remedy(case: Case, target: _Target) -> Remedy:
+    base = case.operator.partition("[")[0]
+    function = (
+        base if all(part.isidentifier() for part in base.split(".")) else "attention_function"
+    )
+    placements = "".join(f"        {text},  # {name}\n" for name, text in target.inputs.items())
+    body = (
+        "attention = local_map(\n"
+        f"    {function},  # bind its other arguments with functools.partial\n"
+        f"    out_placements={target.output},  # a list: one output\n"
+        f"    in_placements=(\n{placements}    ),\n"
+        "    device_mesh=mesh,\n"
+        "    redistribute_inputs=True,\n"
+        ")\n"
+        f"out = attention({', '.join(target.inputs)})\n"
+    )
+    if target.replicates_beside_shards:
+        # Forward is right without it; the gradient would silently be one rank's share.
+        body = "# for a replicated argument that needs a gradient, give in_grad_placements\n" + body
+    code = (
+        f"{_imports(body)}from torch.distributed.tensor.experimental import local_map\n\n"
+        f"{_where(case)}, inputs {target.pattern}\n{body}"
+    )
+    text = (
+        f"Call it through `local_map` with {target.pattern} inputs: each rank runs the operator on "
+        "its own part and DTensor never sees the kernel op."
+    )
+    if _is_replicate(target.pattern):
+        text = "Call it through `local_map` with replicated inputs: every rank computes it all."
+    return untried("route", text, code)
+
+
+def strategy(op: str) -> list[Remedy]:
+    """Teach DTensor the op, and say where that goes wrong."""
+    if not op:
+        return []
+    return [
+        untried(
+            "strategy",
+            f"Register strategies for `{op}` and for the other direction's op with "
+            "`torch.distributed.tensor.experimental.register_sharding`, before their first use. "
+            "Flags enter the cache key only through `RuntimeSchemaInfo(static_argnum=...)`, and "
+            "arguments that an op writes in place (`dq`, `dk`, `dv` of flash-attn's backward) must "
+            "never be redistributed.",
+        )
+    ]

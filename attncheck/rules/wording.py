@@ -1,0 +1,68 @@
+"""How findings say things: counts, sizes, lists, first lines. Strings in, strings out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+LISTED = 6  # names in a list before it says "and N more"
+TITLE_WIDTH = 110  # of quoted text in a one-line title
+
+
+def count(number: int, noun: str) -> str:
+    """
+    >>> count(1, "case"), count(12, "case")
+    ('1 case', '12 cases')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def listing(names: Iterable[str], limit: int = LISTED) -> str:
+    """Sorted, without repeats, cut after `limit` names.
+
+    >>> listing(["b", "a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
+    unique = sorted(set(names))
+    shown = ", ".join(unique[:limit])
+    return f"{shown} and {len(unique) - limit} more" if len(unique) > limit else shown
+
+
+def first_line(text: str, width: int = 400) -> str:
+    """The first line that says something, cut to `width` characters."""
+    line = next((s for s in (part.strip() for part in text.splitlines()) if s), "")
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def size(count_of_bytes: int) -> str:
+    """
+    >>> size(512), size(1572864)
+    ('512 B', '1.5 MiB')
+    """
+    value = float(count_of_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"
+
+
+def duration(milliseconds: float) -> str:
+    """
+    >>> duration(12.34), duration(7250)
+    ('12.3 ms', '7.25 s')
+    """
+    if milliseconds < 1000:
+        return f"{milliseconds:.3g} ms"
+    return f"{milliseconds / 1000:.3g} s"
+
+
+def mesh(axes: Mapping[str, int]) -> str:
+    """
+    >>> mesh({"dp": 2, "tp": 4})
+    'dp=2 x tp=4'
+    """
+    return " x ".join(f"{axis}={size}" for axis, size in axes.items())
