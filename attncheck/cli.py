@@ -1,0 +1,310 @@
+"""The commands: parse, call, render. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from attncheck import __version__
+from attncheck.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from attncheck.model import Case, Report
+
+EXIT_CLEAN, EXIT_FINDINGS, EXIT_ERROR, EXIT_INCONCLUSIVE = 0, 1, 2, 3
+EXIT_INTERRUPTED = 130
+FAIL_ON = ("error", "warning", "info", "never")
+
+
+class Commands(click.Group):
+    """Turns our errors into one sentence and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"attncheck: {error}", err=True)
+            ctx.exit(EXIT_ERROR)
+        except BrokenPipeError:
+            # The reader of a pipe left (`| head`); that is no error of ours.
+            sys.stderr.close()
+            ctx.exit(EXIT_CLEAN)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="attncheck")
+def main() -> None:
+    """Find out which attention operators really work on DTensors, before you deploy.
+
+    Exit codes: 0 clean, 1 findings, 2 usage or internal error, 3 inconclusive.
+    """
+
+
+def _many(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
+    return click.option(*names, multiple=True, **kwargs)
+
+
+@main.command()
+@_many("--operator", "-k", metavar="GLOB", help="Operators to run, e.g. 'sdpa*' (repeatable).")
+@_many("--setting", metavar="GLOB", help="Settings to run, e.g. causal, '*mask*'.")
+@_many("--placement", metavar="GLOB", help="Placements: replicate, batch, heads, sequence, query, head_dim, partial.")
+@_many("--direction", metavar="NAME", help="forward or backward.")
+@_many("--route", metavar="NAME", help="How the operator is distributed: dtensor.")
+@click.option("--level", metavar="NAME", help="quick, default or full.")
+@click.option("--ranks", type=int, help="Processes to run (default 2).")
+@click.option("--mesh", metavar="SHAPE", help="Device mesh, e.g. 2x2 or dp=2,tp=2.")
+@click.option("--device", metavar="NAME", help="cpu (default) or cuda.")
+@_many("--with", "with_", metavar="PACKAGE", help="Provision a package's Python part and run it on CPU stand-ins: flash-attn[==VERSION].")
+@_many("--probe", metavar="FILE", help="A probe file of your own. Its code is run.")
+@click.option("--seed", type=int, help="Seed of all values (default: fresh; the report records it).")
+@click.option("--hash-seed", type=int, default=None, help="PYTHONHASHSEED of rank 0; rank r gets this plus r (default 6).")
+@click.option("--case-timeout", type=float, metavar="SECONDS", help="Deadline of a single case.")
+@_many("--select", metavar="RULE", help="Only these rules (ATN101, ATN1, missing-*).")
+@_many("--ignore", metavar="RULE", help="All but these rules.")
+@click.option("--fail-on", metavar="SEVERITY", help="Lowest severity that exits 1: error (default), warning, info, never.")
+@_many("--output", "-o", metavar="FORMAT[:PATH]", help="Write a report: table, markdown, json (repeatable; no PATH is stdout).")
+@click.option("--resume", is_flag=True, help="Go on with the last interrupted scan (or that of --run-dir).")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Folder for journal and logs.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("-v", "--verbose", is_flag=True, help="List every case; tracebacks for internal errors.")
+@click.pass_context
+def scan(ctx: click.Context, **given: Any) -> None:
+    """Run attention operators on DTensors and report what works, what is missing, wrong or costly.
+
+    With no GPU at hand: attncheck scan --with flash-attn
+    """
+    from attncheck import config
+
+    options = _merge(config.load(Path.cwd()), given)
+    outputs = _parse_outputs(options["output"] or ("table",))
+    fail_on = options["fail-on"] or "error"
+    if fail_on not in FAIL_ON:
+        raise unknown("severity", fail_on, FAIL_ON)
+    report = _guarded(lambda: _scan(options), options["verbose"], ctx)
+    _write(report, outputs, options["verbose"])
+    ctx.exit(exit_code(report, fail_on))
+
+
+def _merge(configured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Options of the command line over those of pyproject.toml; names as in the configuration."""
+    named = {("with" if k == "with_" else k.replace("_", "-")): v for k, v in given.items()}
+    return {k: (v if v not in (None, ()) else configured.get(k, v)) for k, v in named.items()}
+
+
+def _scan(options: dict[str, Any]) -> Report:
+    from attncheck.plan import Selection, parse_mesh
+    from attncheck.runner import scan as runner
+
+    with _progress(options["quiet"]) as show:
+        if options["resume"]:
+            return runner.resume(options["run-dir"], _log, show)
+        for probe in options["probe"]:
+            _log(f"running the code of {probe}")
+        request = runner.ScanRequest(
+            selection=Selection(
+                operators=options["operator"],
+                settings=options["setting"],
+                placements=options["placement"],
+                directions=options["direction"],
+                routes=options["route"],
+                level=options["level"] or "default",
+            ),
+            mesh=_mesh(options["mesh"], options["ranks"], parse_mesh),
+            device=_device(options["device"] or "cpu"),
+            seed=options["seed"],
+            hash_seed=options["hash-seed"] if options["hash-seed"] is not None else runner.FIRST_HASH_SEED,
+            case_timeout=_positive("--case-timeout", options["case-timeout"]),
+            with_packages=options["with"],
+            probe_files=options["probe"],
+            select_rules=options["select"],
+            ignore_rules=options["ignore"],
+            run_dir=options["run-dir"],
+            command="attncheck " + " ".join(sys.argv[1:]),
+        )
+        return runner.scan(request, _log, show)
+
+
+def _mesh(text: str | None, ranks: int | None, parse: Callable[[str], dict[str, int]]) -> dict[str, int]:
+    if ranks is not None and ranks < 1:
+        raise UserError(f"--ranks is {ranks}: at least 1 rank is needed (2 or more to shard anything).")
+    if text is None:
+        return {"tp": ranks or 2}
+    mesh = parse(text)
+    size = 1
+    for axis in mesh.values():
+        size *= axis
+    if ranks is not None and ranks != size:
+        raise UserError(f"Mesh {text!r} has {size} ranks, but --ranks is {ranks}: give one or make them equal.")
+    return mesh
+
+
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda"):
+        raise unknown("device", name, ("cpu", "cuda"))
+    return name
+
+
+def _positive(option: str, value: float | None) -> float | None:
+    if value is not None and value <= 0:
+        raise UserError(f"{option} is {value:g}: expected a number of seconds above 0.")
+    return value
+
+
+def _guarded(run: Callable[[], Report], verbose: bool, ctx: click.Context) -> Report:
+    """Internal errors are never findings: exit 2, one sentence, the traceback with -v."""
+    from attncheck.runner.launch import Interrupted
+
+    try:
+        return run()
+    except (KeyboardInterrupt, Interrupted):
+        click.echo("attncheck: interrupted; all workers have ended.", err=True)
+        ctx.exit(EXIT_INTERRUPTED)
+    except (UserError, click.ClickException, click.exceptions.Exit):
+        raise
+    except Exception as error:
+        if verbose:
+            raise
+        click.echo(
+            f"attncheck: internal error, {type(error).__name__}: {error} (-v shows the traceback)", err=True
+        )
+        ctx.exit(EXIT_ERROR)
+
+
+def _log(message: str) -> None:
+    click.echo(f"attncheck: {message}", err=True)
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Any:
+    """A counter on the terminal; silent in files and pipes."""
+    shown = sys.stderr.isatty() and not quiet
+    began = time.time()
+
+    def show(done: int, total: int, case: Case | None) -> None:
+        if shown:
+            what = f"{case.operator} {case.setting_name} {case.placement} {case.direction}" if case else ""
+            line = f"[{done}/{total}] {time.time() - began:.0f} s  {what}"
+            width = shutil.get_terminal_size().columns - 1
+            click.echo(f"\r{line[:width]:<{width}}", nl=False, err=True)
+
+    try:
+        yield show
+    finally:
+        if shown:
+            click.echo("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", nl=False, err=True)
+
+
+def exit_code(report: Report, fail_on: str) -> int:
+    """0 clean, 1 findings at or above `fail_on`, 3 when too little ran to say either."""
+    from attncheck.model import Severity, Status
+
+    if fail_on != "never":
+        limit = Severity(fail_on).rank
+        if any(f.severity.rank <= limit for f in report.findings if f.rule != "ATN505"):
+            return EXIT_FINDINGS
+    ran = sum(1 for r in report.cases if r.outcome.status.ran)
+    if any(r.outcome.status is Status.UNKNOWN for r in report.cases) or 2 * ran < len(report.cases):
+        return EXIT_INCONCLUSIVE
+    return EXIT_CLEAN
+
+
+# --- reports -------------------------------------------------------------------------------------
+
+
+def _parse_outputs(texts: Sequence[str]) -> list[tuple[Any, Path | None]]:
+    """Loads every format before anything is run: a typo must not cost a scan."""
+    from attncheck import plugins
+
+    out = []
+    for text in texts:
+        name, _, path = text.partition(":")
+        target = Path(path) if path else None
+        if target is not None and not target.parent.is_dir():
+            raise UserError(f"Cannot write {path}: the folder {target.parent} does not exist.")
+        out.append((plugins.load_format(name), target))
+    return out
+
+
+def _write(report: Report, outputs: Sequence[tuple[Any, Path | None]], verbose: bool) -> None:
+    import os
+
+    from attncheck.view import RenderOptions
+
+    for form, path in outputs:
+        to_terminal = path is None and sys.stdout.isatty()
+        encoding = (sys.stdout.encoding or "ascii").lower()
+        options = RenderOptions(
+            color=to_terminal and not os.environ.get("NO_COLOR"),
+            width=shutil.get_terminal_size((100, 24)).columns if path is None else 120,
+            unicode=path is not None or "utf" in encoding,
+            verbose=verbose,
+        )
+        text = form.render(report, options=options)
+        if path is None:
+            click.echo(text, nl=not text.endswith("\n"), color=options.color)
+            continue
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"Cannot write {path}: {error.strerror}.") from None
+        _log(f"wrote {path}")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--format", "format_", default="table", metavar="NAME", help="table, markdown or json.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to this file.")
+@click.option("-v", "--verbose", is_flag=True, help="List every case.")
+def report(file: Path, format_: str, output: Path | None, verbose: bool) -> None:
+    """Render a saved JSON report again, in another format. Runs nothing, needs no torch."""
+    from attncheck import plugins
+    from attncheck.model import load_report
+
+    form = plugins.load_format(format_)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"Cannot read {file}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not a text file; expected a report written by --output json.") from None
+    _write(load_report(text, str(file)), [(form, output)], verbose)
+
+
+# --- explaining ----------------------------------------------------------------------------------
+
+
+@main.command("list")
+@click.option("--cases", is_flag=True, help="List the cases that a scan at --level would run.")
+@click.option("--level", default="default", metavar="NAME", help="quick, default or full.")
+@click.option("--probe", multiple=True, metavar="FILE", help="A probe file of your own. Its code is run.")
+def list_(cases: bool, level: str, probe: tuple[str, ...]) -> None:
+    """List probes, operators, settings, placements, rules and formats."""
+    from attncheck import listing
+
+    click.echo(listing.cases(level, probe) if cases else listing.everything(probe), nl=False)
+
+
+@main.command()
+def env() -> None:
+    """Show the versions that matter, for pasting into an issue. Works without torch."""
+    from attncheck import environment
+
+    click.echo(environment.render(environment.describe()), nl=False)
+
+
+@main.command()
+@click.argument("rule")
+def explain(rule: str) -> None:
+    """Explain a rule: what it does, why it matters, an example, what to do."""
+    from attncheck import rules
+
+    found = rules.find(rule)
+    click.echo(f"# {found.id} {found.name}\n\nSeverity: {found.severity.value}. Since {found.since}.\n")
+    click.echo(found.docs.strip())

@@ -1,0 +1,74 @@
+"""`[tool.attncheck]` in pyproject.toml. Unknown keys are errors that name the expected ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attncheck.errors import UserError, unknown
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# Key -> kind: the options of `attncheck scan` under the same names.
+KEYS: Mapping[str, type] = {
+    "level": str,
+    "ranks": int,
+    "mesh": str,
+    "device": str,
+    "seed": int,
+    "operator": list,
+    "setting": list,
+    "placement": list,
+    "direction": list,
+    "select": list,
+    "ignore": list,
+    "with": list,
+    "probe": list,
+    "case-timeout": float,
+    "fail-on": str,
+}
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The table of the nearest pyproject.toml at or above `folder`, checked; {} where there is none."""
+    for parent in (folder, *folder.parents):
+        file = parent / "pyproject.toml"
+        if file.is_file():
+            return parse(file)
+    return {}
+
+
+def parse(file: Path) -> dict[str, Any]:
+    """Raises UserError naming the file, the key and what was expected."""
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid TOML: {error}.") from None
+    tool = document.get("tool", {})
+    table = tool.get("attncheck", {}) if isinstance(tool, dict) else {}
+    if not isinstance(table, dict):
+        raise UserError(f"{file}: tool.attncheck must be a table.")
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in KEYS:
+            raise unknown(f"key in [tool.attncheck] of {file}:", key, KEYS)
+        out[key] = _checked(file, key, value)
+    return out
+
+
+def _checked(file: Path, key: str, value: Any) -> Any:
+    kind = KEYS[key]
+    if kind is list:
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise UserError(f"{file}: {key} must be a list of strings, found {value!r}.")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{file}: {key} must be {kind.__name__}, found {value!r}.")
+    return value

@@ -1,0 +1,86 @@
+"""What is installed here, read without importing any of it: `attncheck env` works without torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attncheck import __version__
+
+# Distributions whose version decides how attention behaves, by *distribution* name: two of them install
+# a top-level `flash_attn`.
+RELEVANT = (
+    "torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "flash-attn-triton", "xformers",
+    "sageattention", "transformer-engine", "kernels", "flashinfer-python", "natten", "yunchang",
+    "ring-flash-attn", "xfuser", "transformers", "diffusers", "accelerate", "torchtitan", "vllm",
+    "numpy", "torch-npu", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu13",
+)  # fmt: skip
+
+
+def packages(path: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of the relevant distributions that are installed, also on the extra folders `path`."""
+    found: dict[str, str] = {}
+    search = [*path, *sys.path]
+    for name in RELEVANT:
+        for distribution in importlib.metadata.distributions(name=name, path=search):
+            found[name] = distribution.version
+            break
+    return found
+
+
+def describe(path: Iterable[str] = ()) -> dict[str, Any]:
+    """The version part of a report's environment."""
+    return {
+        "attncheck": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages(path),
+        "cpus": os.cpu_count() or 0,
+        "gpu": gpu(),
+    }
+
+
+def gpu(driver: Path = Path("/proc/driver/nvidia")) -> str:
+    """Names of the NVIDIA GPUs and their driver version, from the driver's own files; `none` without."""
+    names = []
+    for information in sorted(driver.glob("gpus/*/information")):
+        if match := re.search(r"^Model:\s*(.+)$", information.read_text(errors="replace"), re.M):
+            names.append(match[1].strip())
+    if not names:
+        return "none"
+    version = ""
+    if (driver / "version").exists():
+        match = re.search(r"\b(\d{3}\.\d+[.\d]*)\b", (driver / "version").read_text(errors="replace"))
+        version = f" (driver {match[1]})" if match else ""
+    return ", ".join(names) + version
+
+
+def clashes() -> list[str]:
+    """Import names that several distributions own at once: which one is loaded is chance."""
+    owners = importlib.metadata.packages_distributions()
+    out = []
+    for module in ("flash_attn", "flash_attn_interface", "xformers", "sageattention"):
+        names = sorted(set(owners.get(module, [])))
+        if len(names) > 1:
+            out.append(f"`{module}` is installed by {' and '.join(names)}")
+    return out
+
+
+def render(environment: Mapping[str, Any]) -> str:
+    """A Markdown list, for pasting into an issue."""
+    lines = [
+        f"- attncheck {environment['attncheck']}, Python {environment['python']}",
+        f"- {environment['platform']}, {environment['cpus']} CPUs, GPU: {environment['gpu']}",
+    ]
+    found: Mapping[str, str] = environment["packages"]
+    lines += [f"- {name} {version}" for name, version in found.items()]
+    if "torch" not in found:
+        lines.append("- torch is not installed")
+    lines += [f"- warning: {clash}" for clash in clashes()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,243 @@
+"""Probes x settings x placements x directions -> cases, in an order that is cheap to run. Torch-free."""
+
+from __future__ import annotations
+
+import fnmatch
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from attncheck.errors import UserError, unknown
+from attncheck.model import Case, case_id
+from attncheck.probing import LEVELS, PATTERNS, Operator, Probe, Setting, Tensor
+
+DIRECTIONS = ("forward", "backward")
+ROUTES = ("dtensor",)
+AXIS_NAMES = {1: ("tp",), 2: ("dp", "tp"), 3: ("pp", "dp", "tp")}
+_NUMBER = re.compile("[0-9]{1,4}")
+QUICK_PLACEMENTS = ("replicate", "batch", "heads", "sequence", "query")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to run. Each of the first five is a tuple of globs, empty for all; names that match nothing
+    are errors."""
+
+    operators: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    placements: tuple[str, ...] = ()
+    directions: tuple[str, ...] = ()
+    routes: tuple[str, ...] = ()
+    level: str = "default"
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`4`, `2x2`, `dp=2,tp=4` to {axis: size}. Raises UserError.
+
+    >>> parse_mesh("2x3")
+    {'dp': 2, 'tp': 3}
+    """
+    expected = "expected sizes like 2x2 or named axes like dp=2,tp=2"
+    parts = re.split(r"[x,]", text.strip())
+    if "=" in text:
+        pairs = [part.partition("=") for part in parts]
+        if any(not name.isidentifier() or not _NUMBER.fullmatch(size) for name, _, size in pairs):
+            raise UserError(f"Mesh {text!r} is not a mesh: {expected}.")
+        mesh = {name: int(size) for name, _, size in pairs}
+        if len(mesh) != len(pairs):
+            raise UserError(f"Mesh {text!r} names an axis twice.")
+    else:
+        if any(not _NUMBER.fullmatch(part) for part in parts):
+            raise UserError(f"Mesh {text!r} is not a mesh: {expected}.")
+        if len(parts) not in AXIS_NAMES:
+            raise UserError(f"Mesh {text!r} has {len(parts)} axes: up to 3, or name them (dp=2,...).")
+        mesh = dict(zip(AXIS_NAMES[len(parts)], map(int, parts), strict=True))
+    if any(size < 1 for size in mesh.values()):
+        raise UserError(f"Mesh {text!r} has an axis of size 0: every axis needs at least 1 rank.")
+    return mesh
+
+
+def placement_texts(tensor: Tensor, patterns: Sequence[str], first: bool) -> tuple[str, ...]:
+    """What a pattern per mesh axis means for one tensor: `("S(1)",)`; `("plain",)` for a plain one."""
+    if tensor.wrap == "plain":
+        return ("plain",)
+    if tensor.wrap == "replicate":
+        return ("R",) * len(patterns)
+    out = []
+    for pattern in patterns:
+        if pattern == "partial" and first:
+            out.append("P(sum)")
+            continue
+        dim = next((i for i, role in enumerate(tensor.dims) if role in PATTERNS[pattern]), None)
+        out.append("R" if dim is None else f"S({dim})")
+    return tuple(out)
+
+
+def patterns_for(operator: Operator, setting: Setting, level: str, axes: int) -> list[tuple[str, ...]]:
+    """The placement patterns of a setting: one name per mesh axis.
+
+    `full` runs every pattern. A mesh of several axes gets batch on the first axis with each pattern on
+    the last, and each pattern on all axes at once.
+    """
+    if level == "full":
+        singles = tuple(PATTERNS)
+    else:
+        singles = setting.placements or operator.placements
+        if level == "quick":
+            singles = tuple(p for p in singles if p in QUICK_PLACEMENTS)
+    if axes == 1:
+        return [(p,) for p in singles]
+    pairs = [("replicate",) * (axes - 1) + (p,) for p in singles]
+    pairs += [("batch",) + ("replicate",) * (axes - 2) + (p,) for p in singles]
+    pairs += [(p,) * axes for p in singles if p not in ("replicate", "partial")]
+    return list(dict.fromkeys(pairs))
+
+
+def plan(
+    probes: Iterable[Probe], mesh: Mapping[str, int], selection: Selection
+) -> tuple[Case, ...]:
+    """Every selected case, cheap and safe ones first.
+
+    Raises UserError for a selector that matches nothing, or when nothing is left.
+    """
+    probes = tuple(probes)
+    _check_selection(probes, mesh, selection)
+    ranked = []
+    for probe_at, probe in enumerate(probes):
+        for operator_at, operator in enumerate(probe.operators):
+            if not _matches(operator.name, selection.operators):
+                continue
+            for setting_at, setting in enumerate(operator.settings):
+                if not _wanted_setting(setting, selection):
+                    continue
+                for case, risk in _cases(probe, operator, setting, mesh, selection):
+                    # What may end the process loses every propagation that was paid for: last.
+                    # Operators that share a setting share its propagation: together.
+                    key = (risk, operator.slow, probe_at, setting_at, operator_at)
+                    ranked.append((key, case))
+    ranked.sort(key=lambda pair: pair[0])
+    if not ranked:
+        raise UserError(
+            "Nothing to run: no case matches the chosen operators, settings, placements and directions "
+            f"together at level {selection.level}; `attncheck list --cases` shows what there is."
+        )
+    return tuple(case for _, case in ranked)
+
+
+def _cases(
+    probe: Probe, operator: Operator, setting: Setting, mesh: Mapping[str, int], selection: Selection
+) -> Iterator[tuple[Case, int]]:
+    tensors = operator.tensors(setting)
+    seen = set()
+    # A placement asked for by name is run even where the level would leave it out.
+    level = "full" if selection.placements else selection.level
+    for patterns in patterns_for(operator, setting, level, len(mesh)):
+        name = ",".join(patterns)
+        if not _matches(name, selection.placements):
+            continue
+        placements = {
+            t.name: placement_texts(t, patterns, first=i == 0) for i, t in enumerate(tensors)
+        }
+        key = tuple(placements.values())
+        if key in seen:
+            continue  # a pattern whose roles this operator does not have is `replicate` again
+        seen.add(key)
+        risk = _risk(tensors, placements, tuple(mesh.values()))
+        for direction in DIRECTIONS:
+            if not _matches(direction, selection.directions):
+                continue
+            yield (
+                Case(
+                    id=case_id(probe.name, operator.name, setting.name, "dtensor", mesh, name, direction),
+                    probe=probe.name,
+                    operator=operator.name,
+                    route="dtensor",
+                    setting=setting.to_dict(),
+                    mesh=dict(mesh),
+                    placement=name,
+                    placements=placements,
+                    direction=direction,
+                ),
+                risk,
+            )
+
+
+def _wanted_setting(setting: Setting, selection: Selection) -> bool:
+    if setting.name in selection.settings:  # named outright: whatever its level
+        return True
+    within = LEVELS.index(setting.level) <= LEVELS.index(selection.level)
+    return within and _matches(setting.name, selection.settings)
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    # Brackets are part of names (`sdpa[MATH]`), so a glob may use * and ? only.
+    return not globs or any(
+        name == glob or fnmatch.fnmatchcase(name, glob.replace("[", "[[]")) for glob in globs
+    )
+
+
+def _check_selection(
+    probes: Sequence[Probe], mesh: Mapping[str, int], selection: Selection
+) -> None:
+    operators = [o for p in probes for o in p.operators]
+    patterns = {
+        ",".join(names)
+        for o in operators
+        for s in o.settings
+        for names in patterns_for(o, s, "full", len(mesh))
+    }
+    known = {
+        "operator": (selection.operators, {o.name for o in operators}),
+        "setting": (selection.settings, {s.name for o in operators for s in o.settings}),
+        "placement": (selection.placements, patterns or set(PATTERNS)),
+        "direction": (selection.directions, set(DIRECTIONS)),
+        "route": (selection.routes, set(ROUTES)),
+        "level": ((selection.level,), set(LEVELS)),
+    }
+    for kind, (globs, names) in known.items():
+        for glob in globs:
+            if not any(_matches(name, (glob,)) for name in names):
+                raise unknown(kind, glob, names)
+
+
+def _risk(
+    tensors: Sequence[Tensor], placements: Mapping[str, tuple[str, ...]], mesh: Sequence[int]
+) -> int:
+    """0: nothing known. 1: a partial input, where ranks have been seen to choose differently and hang.
+    2: an empty shard, which has been seen to kill the process inside a kernel."""
+    if _has_empty_shard(tensors, placements, mesh):
+        return 2
+    return int(any("P(sum)" in texts for texts in placements.values()))
+
+
+def _has_empty_shard(
+    tensors: Sequence[Tensor],
+    placements: Mapping[str, tuple[str, ...]],
+    mesh: Sequence[int],
+) -> bool:
+    """Whether some rank holds no rows of some tensor (torch.chunk leaves the last ranks empty)."""
+    for tensor in tensors:
+        sizes = list(tensor.sizes)
+        for placement, parts in zip(placements[tensor.name], mesh, strict=False):
+            if not placement.startswith("S("):
+                continue
+            dim = int(placement[2:-1])
+            rows = -(-sizes[dim] // parts)
+            if rows * (parts - 1) >= sizes[dim]:
+                return True
+            sizes[dim] = sizes[dim] - rows * (parts - 1)  # the smallest shard: the last rank's
+    return False
+
+
+def settings_by_name(operator: Operator) -> dict[str, Setting]:
+    return {setting.name: setting for setting in operator.settings}
+
+
+def count_by(cases: Iterable[Case], attribute: str) -> dict[str, int]:
+    """How many cases per value of a Case attribute, in order of first appearance."""
+    out: dict[str, int] = {}
+    for case in cases:
+        value = str(getattr(case, attribute))
+        out[value] = out.get(value, 0) + 1
+    return out

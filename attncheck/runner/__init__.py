@@ -1,0 +1,1 @@
+"""Launching distributed runs and observing them: the only part that executes attention operators."""

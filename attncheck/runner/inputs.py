@@ -1,0 +1,71 @@
+"""Values for a case: fresh, asymmetric, the same on every rank, and remade from the recorded seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+from attncheck.probing import Setting, Tensor
+
+# Each tensor gets its own mean, so that swapped arguments or gradients show even where shapes agree.
+_OFFSETS = (0.05, -0.15, 0.25, -0.35)
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}
+
+
+def generator(seed: int, *names: str) -> torch.Generator:
+    """A CPU generator whose stream depends on `seed` and `names` only: never on the order of cases."""
+    digest = hashlib.sha256("\0".join([str(seed), *names]).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def whole_tensors(operator: str, setting: Setting, specs: tuple[Tensor, ...], seed: int) -> dict[str, torch.Tensor]:
+    """The whole, unsharded arguments in their own dtypes, on the CPU.
+
+    Floating tensors that an operator takes in half precision are *rounded* values: the reference starts
+    from the same rounded numbers, so that input rounding is nobody's error.
+    """
+    out = {}
+    for position, spec in enumerate(specs):
+        random = generator(seed, operator, setting.name, spec.name)
+        out[spec.name] = _fill(spec, setting, position, random)
+    return out
+
+
+def _fill(spec: Tensor, setting: Setting, position: int, random: torch.Generator) -> torch.Tensor:
+    dtype = DTYPES[spec.dtype or setting.dtype]
+    shape = spec.sizes
+    if spec.fill == "normal":
+        values = torch.randn(shape, generator=random, dtype=torch.float64)
+        return (values + _OFFSETS[position % len(_OFFSETS)]).to(dtype)
+    if spec.fill == "bool_mask":
+        keep = torch.rand(shape, generator=random) < 0.7
+        keep[..., 0] = True  # a row that masks everything is a setting of its own, never an accident
+        return keep
+    if spec.fill == "float_mask":
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+    if spec.fill == "slopes":
+        return (0.05 + torch.rand(shape, generator=random, dtype=torch.float64)).to(dtype)
+    if spec.fill == "zeros":
+        return torch.zeros(shape, dtype=dtype)
+    if spec.fill == "eye":
+        return torch.eye(shape[-2], shape[-1], dtype=dtype).expand(shape).contiguous()
+    if spec.fill == "values":
+        return torch.tensor(spec.values, dtype=dtype).reshape(shape)
+    raise ValueError(f"{spec.name}: unknown fill {spec.fill!r}")
+
+
+def cotangent(operator: str, setting: Setting, shape: torch.Size, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """The gradient that backward starts from: random, whole, the same on every rank."""
+    random = generator(seed, operator, setting.name, "cotangent")
+    return (torch.randn(shape, generator=random, dtype=torch.float64) + 0.1).to(dtype)

@@ -1,0 +1,289 @@
+"""From what all ranks recorded of a case to its outcome. Runs on rank 0; no communication."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from attncheck.model import (
+    Case,
+    Collective,
+    Fact,
+    KernelOp,
+    MissingOp,
+    Outcome,
+    RankState,
+    Status,
+)
+from attncheck.runner.case import Local, Prepared, RankRecord
+from attncheck.runner.inputs import DTYPES, cotangent
+from attncheck.runner.oracle import (
+    Expected,
+    RankResult,
+    Verdict,
+    judge_dropout,
+    judge_values,
+)
+from attncheck.runner.placements import shard_dim
+
+_WRONG = {
+    "wrong_result",
+    "wrong_gradient",
+    "nonfinite",
+    "local_shape",
+    "gradient_missing",
+    "plain_result",
+    "second_call_differs",
+    "dropout_rate",
+    "dropout_values",
+    "dropout_shared",
+}
+# Addresses, counters and rank numbers differ between ranks without meaning anything.
+_NOISE = re.compile(r"0x[0-9a-f]+|\d+")
+
+
+def judge(
+    case: Case,
+    prepared: Prepared,
+    records: Sequence[RankRecord],
+    expected: Mapping[str, Expected],
+    seed: int,
+    hash_seeds: Sequence[int],
+    standins: tuple[str, ...],
+) -> Outcome:
+    """The outcome of one case; `records` in rank order."""
+    ranks = tuple(_rank_state(r, hash_seeds) for r in records)
+    base = Outcome(Status.UNKNOWN, ranks=ranks, seed=seed)
+    failure = next((r.failure for r in records if r.failure), "")
+    if failure:
+        return replace(base, message=f"the check failed: {failure.strip().splitlines()[-1]}")
+    unavailable = next((r.unavailable for r in records if r.unavailable), None)
+    if unavailable:
+        reason, text = unavailable
+        return Outcome(Status.UNAVAILABLE, text.splitlines()[0], reason=reason, seed=seed)
+
+    base = replace(
+        base,
+        kernel_ops=_kernel_ops(records),
+        missing_ops=_missing_ops(records),
+        collectives=_collectives(records),
+        timings={k: max(r.timings.get(k, 0.0) for r in records) for k in records[0].timings},
+        standins=standins,
+    )
+    diverged = _divergence(records)
+    if diverged:
+        return replace(base, status=Status.DIVERGED, message=diverged, kernel_op=_last_op(records))
+    if base.missing_ops:
+        base = replace(base, outputs=_output_placements(records[0].results))
+        return _refused(base, records)
+    exception = records[0].exception
+    if exception:
+        kind, text, op = exception
+        return replace(
+            base, status=Status.ERROR, exception_type=kind, message=text, kernel_op=op
+        )
+    return _judge_numbers(base, case, prepared, records, expected)
+
+
+def collectives_differ(records: Sequence[RankRecord]) -> bool:
+    """Whether the ranks issued different collectives: the group is then out of step and must be rebuilt."""
+    return len({tuple(_names(r)) for r in records}) > 1
+
+
+def _judge_numbers(
+    base: Outcome,
+    case: Case,
+    prepared: Prepared,
+    records: Sequence[RankRecord],
+    expected: Mapping[str, Expected],
+) -> Outcome:
+    sizes = tuple(case.mesh.values())
+    dtype = DTYPES[prepared.setting.dtype]
+    first = _by_name([r.results for r in records])
+    wanted = {k: v for k, v in expected.items() if k == "out" or case.direction == "backward"}
+    verdict = Verdict()
+    if prepared.setting.dropout:
+        _judge_dropout_case(verdict, case, prepared, first, sizes, dtype, base.seed)
+    else:
+        verdict = judge_values(first, wanted, sizes, dtype)
+        second = _by_name([r.warm or {} for r in records])
+        verdict.facts += _second_call(verdict, judge_values(second, wanted, sizes, dtype))
+    status = _numbers_status(verdict, base.collectives)
+    op = _own_kernel_op(prepared, base.kernel_ops) if status is not Status.SUPPORTED else ""
+    if status is Status.REDISTRIBUTED:
+        op = max(base.collectives, key=lambda c: c.bytes).kernel_op
+    return replace(
+        base,
+        status=status,
+        kernel_op=op,
+        message=_message(verdict, base.collectives, status),
+        outputs=_output_placements(records[0].results),
+        errors=verdict.errors,
+        facts=tuple(verdict.facts),
+    )
+
+
+def _judge_dropout_case(
+    verdict: Verdict,
+    case: Case,
+    prepared: Prepared,
+    results: Mapping[str, RankResult],
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Masks are random: judge what must hold of any of them. dv must use the mask that forward drew."""
+    out = results["out"]
+    zeros = torch.zeros(out.shape, dtype=torch.float64)
+    probe = judge_values({"out": out}, {"out": Expected(zeros, zeros)}, sizes, dtype)
+    verdict.facts += [f for f in probe.facts if f.code in ("local_shape", "plain_result", "replicas_differ")]
+    whole = probe.wholes.get("out")
+    if whole is None:
+        return
+    rate = prepared.setting.dropout
+    sharded = any(shard_dim(p) is not None for p in out.placements or ())
+    verdict.facts += judge_dropout(whole, out.locals, sharded, rate)
+    if case.direction == "backward" and "grad.v" in results:
+        shape = torch.Size(out.shape)
+        dout = cotangent(prepared.operator.name, prepared.setting, shape, dtype, seed)
+        dv = torch.matmul(whole.transpose(-2, -1), dout.to(torch.float64))
+        want = {"grad.v": Expected(dv, dv)}
+        gradient = judge_values({"grad.v": results["grad.v"]}, want, sizes, dtype)
+        verdict.errors.update(gradient.errors)
+        verdict.facts += gradient.facts
+
+
+def _second_call(first: Verdict, second: Verdict) -> list[Fact]:
+    """A second call that is worse than the first was served something stale."""
+    codes = {(f.code, f.subject) for f in first.facts}
+    worse = [f for f in second.facts if (f.code, f.subject) not in codes]
+    return [Fact("second_call_differs", f.subject, f"{f.code}: {f.detail}") for f in worse]
+
+
+def _numbers_status(verdict: Verdict, collectives: Sequence[Collective]) -> Status:
+    codes = {fact.code for fact in verdict.facts}
+    if codes & _WRONG:
+        return Status.WRONG
+    if codes & {"drift_result", "drift_gradient", "replicas_differ"}:
+        return Status.DRIFT
+    return Status.REDISTRIBUTED if collectives else Status.SUPPORTED
+
+
+def _message(verdict: Verdict, collectives: Sequence[Collective], status: Status) -> str:
+    if status in (Status.WRONG, Status.DRIFT):
+        return "; ".join(f"{f.code} {f.subject}: {f.detail}" for f in verdict.facts[:4])
+    if status is Status.REDISTRIBUTED:
+        return "; ".join(f"{c.count} {c.name} in {c.kernel_op} ({c.bytes} B)" for c in collectives)
+    return ""
+
+
+def _refused(base: Outcome, records: Sequence[RankRecord]) -> Outcome:
+    strategy = [m for m in base.missing_ops if m.kind != "mixed"]
+    first = strategy[0] if strategy else base.missing_ops[0]
+    status = Status.MISSING_STRATEGY if strategy else Status.MIXED_TENSOR
+    message = first.message
+    after = records[0].exception
+    if after:
+        message += f" (beyond it, with the op replicated, {after[0]}: {after[1].splitlines()[0]})"
+    return replace(base, status=status, kernel_op=first.op, message=message)
+
+
+def _divergence(records: Sequence[RankRecord]) -> str:
+    """What the ranks did differently, or ''."""
+    ends = [_ending(r) for r in records]
+    if len(set(ends)) > 1:
+        parts = []
+        for record in records:
+            ended = f"{record.exception[0]}: {_line(record.exception[1])}" if record.exception else "finished"
+            parts.append(f"rank {record.rank} {ended}")
+        return "ranks ended differently: " + "; ".join(parts)
+    names = [_names(r) for r in records]
+    for step, together in enumerate(zip(*names, strict=False)):
+        if len(set(together)) > 1:
+            parts = [f"rank {r.rank} {n}" for r, n in zip(records, together, strict=True)]
+            return f"collective {step + 1} differs: " + "; ".join(parts)
+    if len({len(n) for n in names}) > 1:
+        parts = [f"rank {r.rank} {len(n)}" for r, n in zip(records, names, strict=True)]
+        return "different numbers of collectives: " + "; ".join(parts)
+    placed = [{k: v.placements for k, v in r.results.items()} for r in records]
+    if any(p != placed[0] for p in placed):
+        return f"ranks disagree on output placements: {placed}"
+    return ""
+
+
+def _ending(record: RankRecord) -> tuple[str, str]:
+    if record.exception is None:
+        return "", ""
+    kind, text, _ = record.exception
+    return kind, _NOISE.sub("#", _line(text))
+
+
+def _names(record: RankRecord) -> list[str]:
+    # Byte counts follow local shapes, which differ between ranks when shards are uneven.
+    return [entry.partition(":")[0] for entry in record.trace.sequence]
+
+
+def _line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[0] if lines else ""
+
+
+def _rank_state(record: RankRecord, hash_seeds: Sequence[int]) -> RankState:
+    exception = f"{record.exception[0]}: {_line(record.exception[1])}" if record.exception else ""
+    return RankState(
+        record.rank,
+        hash_seeds[record.rank % len(hash_seeds)],
+        record.trace.last_op,
+        exception,
+        len(record.trace.sequence),
+    )
+
+
+def _kernel_ops(records: Sequence[RankRecord]) -> tuple[KernelOp, ...]:
+    return records[0].trace.kernel_ops()
+
+
+def _missing_ops(records: Sequence[RankRecord]) -> tuple[MissingOp, ...]:
+    merged: dict[tuple[str, str, str], MissingOp] = {}
+    for record in records:
+        for op in record.trace.missing_ops():
+            merged.setdefault((op.op, op.phase, op.kind), op)
+    return tuple(merged.values())
+
+
+def _collectives(records: Sequence[RankRecord]) -> tuple[Collective, ...]:
+    """Counts of rank 0, bytes of the rank that sends most (uneven shards)."""
+    largest: dict[tuple[str, str, str], Collective] = {}
+    for record in records:
+        for c in record.trace.communication():
+            key = (c.name, c.kernel_op, c.phase)
+            if key not in largest or c.bytes > largest[key].bytes:
+                largest[key] = c
+    return tuple(largest.values())
+
+
+def _last_op(records: Sequence[RankRecord]) -> str:
+    return next((r.trace.last_op for r in records if r.exception), records[0].trace.last_op)
+
+
+def _own_kernel_op(prepared: Prepared, ops: Sequence[KernelOp]) -> str:
+    """The operator's kernel op, where it has one and this case reached it; else nobody stands out."""
+    reached = [op for op in prepared.operator.kernel_ops if any(k.op == op for k in ops)]
+    return reached[0] if len(prepared.operator.kernel_ops) <= 2 and reached else ""
+
+
+def _by_name(per_rank: Sequence[Mapping[str, Local]]) -> dict[str, RankResult]:
+    out = {}
+    for name, first in per_rank[0].items():
+        if all(name in results for results in per_rank):
+            locals_by_rank = [results[name].tensor for results in per_rank]
+            out[name] = RankResult(locals_by_rank, first.shape, first.placements)
+    return out
+
+
+def _output_placements(results: Mapping[str, Local]) -> dict[str, tuple[str, ...]]:
+    return {name: local.placements or ("plain",) for name, local in results.items()}
+

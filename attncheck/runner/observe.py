@@ -1,0 +1,332 @@
+"""Watching one call from inside: every kernel op that meets a DTensor, every refusal, every collective.
+
+Two dispatch modes, one above DTensor and one below it. The upper one sees each kernel op with its
+DTensor arguments, and when DTensor refuses the op it replicates the arguments, runs the op on them and
+goes on, so that one run names all that is missing and not only the first. The lower one sees what
+DTensor really does with the local tensors, and counts collectives there; `CommDebugMode` sits above
+modules and has been seen to miscount.
+
+Bytes are what one rank sends under a ring algorithm, n ranks, per-rank input of b bytes:
+all_gather (n-1)*b, all_reduce 2*(n-1)/n*b, reduce_scatter and all_to_all (n-1)/n*b, broadcast b.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from attncheck.model import Collective, KernelOp, MissingOp
+from attncheck.runner import compat
+
+STATE_BYTES = 256
+
+# Dispatcher names of the functional and in-place collectives, and what a user calls them.
+_COLLECTIVES = {
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_coalesced": "all_gather",
+    "all_gather_into_tensor_out": "all_gather",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "all_reduce_coalesced": "all_reduce",
+    "allreduce_": "all_reduce",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
+    "alltoall_base_": "all_to_all",
+    "shard_dim_alltoall": "all_to_all",
+    "broadcast": "broadcast",
+    "broadcast_": "broadcast",
+    "scatter_": "scatter",
+}
+_COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
+
+
+def ring_bytes(name: str, local_bytes: int, ranks: int) -> int:
+    """Bytes one of `ranks` ranks sends for a collective on its input of `local_bytes` bytes.
+
+    Raises KeyError for a collective without a formula here.
+    """
+    return {
+        "all_gather": (ranks - 1) * local_bytes,
+        "all_reduce": 2 * (ranks - 1) * local_bytes // ranks,
+        "reduce_scatter": (ranks - 1) * local_bytes // ranks,
+        "all_to_all": (ranks - 1) * local_bytes // ranks,
+        "broadcast": local_bytes,
+        "scatter": local_bytes,
+    }[name]
+
+
+@dataclass
+class Trace:
+    """What one rank saw while it ran one call. Plain values only: it travels between ranks."""
+
+    ops: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    missing: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    collectives: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
+    sequence: list[str] = field(default_factory=list)
+    last_op: str = ""
+
+    def kernel_ops(self) -> tuple[KernelOp, ...]:
+        return tuple(
+            KernelOp(op, phase, inputs, outputs, calls)
+            for (op, phase, inputs, outputs), calls in self.ops.items()
+        )
+
+    def missing_ops(self) -> tuple[MissingOp, ...]:
+        return tuple(
+            MissingOp(op, phase, kind, message)
+            for (op, phase, kind), message in self.missing.items()
+        )
+
+    def communication(self) -> tuple[Collective, ...]:
+        return tuple(
+            Collective(name, op, phase, count, size)
+            for (name, op, phase), (count, size) in self.collectives.items()
+        )
+
+
+class StateFile:
+    """One line per rank that survives the process: which case, doing what. Peers and restarts read it.
+
+    A fixed-size `pwrite` costs microseconds and, unlike memory, outlives a segfault.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        self.case = -1
+        self.doing = "idle"
+        self.op = ""
+        self.collectives = 0
+
+    def write(self) -> None:
+        line = f"{self.case}\t{self.doing}\t{self.collectives}\t{self.op}"
+        os.pwrite(self._fd, line.encode()[:STATE_BYTES].ljust(STATE_BYTES), 0)
+
+    def set(self, doing: str, op: str | None = None) -> None:
+        self.doing = doing
+        if op is not None:
+            self.op = op
+        self.write()
+
+
+@dataclass(frozen=True)
+class RankDoing:
+    """A state file, read."""
+
+    case: int
+    doing: str
+    collectives: int
+    op: str
+
+
+def read_state(path: Path) -> RankDoing:
+    """What a rank last wrote; `idle` with case -1 where it wrote nothing (yet)."""
+    try:
+        parts = path.read_bytes()[:STATE_BYTES].decode(errors="replace").rstrip("\0 ").split("\t")
+        return RankDoing(int(parts[0]), parts[1], int(parts[2]), parts[3])
+    except (OSError, ValueError, IndexError):
+        return RankDoing(-1, "idle", 0, "")
+
+
+class Observer:
+    """Runs calls under both modes and fills a `Trace`. `phase` is set by the caller."""
+
+    def __init__(self, state: StateFile) -> None:
+        self.trace = Trace()
+        self.phase = "forward"
+        self.state = state
+        self.current_op = ""
+        self.counting = True
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Trace]:
+        self.trace = Trace()
+        with compat.watch_alltoall(self._alltoall), _Below(self), _Above(self):
+            yield self.trace
+
+    def enter(self, op: str) -> None:
+        self.current_op = op
+        self.trace.last_op = op
+        self.state.set("op", op)
+
+    def record_op(self, op: str, inputs: Any, outputs: Any) -> None:
+        key = (op, self.phase, _placements(inputs), _placements(outputs))
+        self.trace.ops[key] = self.trace.ops.get(key, 0) + 1
+
+    def record_collective(self, name: str, local_bytes: int, ranks: int) -> None:
+        self.state.collectives += 1
+        self.trace.sequence.append(f"{name}:{local_bytes}")
+        if not self.counting:
+            return
+        key = (name, self.current_op, self.phase)
+        count, size = self.trace.collectives.get(key, (0, 0))
+        self.trace.collectives[key] = (count + 1, size + ring_bytes(name, local_bytes, ranks))
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Communication in here is attncheck's own: it stays in the sequence, but costs nobody."""
+        before, self.counting = self.counting, False
+        try:
+            yield
+        finally:
+            self.counting = before
+
+    @contextlib.contextmanager
+    def _alltoall(self, local: torch.Tensor, ranks: int) -> Iterator[None]:
+        self.record_collective("all_to_all", local.numel() * local.element_size(), ranks)
+        with self.suspended():
+            yield
+
+
+class _Below(TorchDispatchMode):
+    """Under DTensor: sees the collectives on local tensors, and steps aside for DTensors."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self.observer = observer
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        return _call_local(self.observer, func, args, kwargs or {})
+
+
+class _Above(TorchDispatchMode):
+    """Over DTensor: records each kernel op, and carries on past the ones that DTensor refuses."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self.observer = observer
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        observer = self.observer
+        if not any(issubclass(t, DTensor) for t in types):
+            return _call_local(observer, func, args, kwargs)
+        name = str(func)
+        observer.enter(name)
+        try:
+            # This mode is off inside its own handler; the lower one stays on and sees what follows.
+            out = func(*args, **kwargs)
+        except Exception as error:
+            refused = compat.refusal(error)
+            if refused is None:
+                raise
+            kind, named = refused
+            # The text may name an op that a composite one decomposed into; that is the missing one.
+            op = named if named and named != str(func) and "." in named else name
+            observer.trace.missing.setdefault((op, observer.phase, kind), _first_line(error))
+            with observer.suspended():
+                out = run_replicated(func, args, kwargs)
+        observer.record_op(name, (args, kwargs), out)
+        return out
+
+
+def _call_local(observer: Observer, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    packet = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else ""
+    namespace = getattr(func, "namespace", "")
+    if namespace not in _COLLECTIVE_NAMESPACES:
+        return func(*args, **kwargs)
+    name = _COLLECTIVES.get(packet)
+    if name is None and packet != "wait_tensor":
+        return func(*args, **kwargs)
+    if name is not None:
+        tensors, group = _collective_operands(func, args, kwargs)
+        local_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        observer.record_collective(name, local_bytes, compat.group_size(group))
+    observer.state.set("collective", f"{name or 'wait'} in {observer.current_op}")
+    try:
+        return func(*args, **kwargs)
+    finally:
+        observer.state.set("op", observer.current_op)
+
+
+def _collective_operands(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[torch.Tensor], Any]:
+    """The input tensors and the group of a collective, found by argument name."""
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    group = named.get("group_name", named.get("process_group", named.get("group")))
+    source = next(
+        named[key]
+        for key in ("input", "inputs", "input_tensor", "input_tensors", "self", "tensors", "tensor")
+        if key in named
+    )
+    leaves, _ = tree_flatten(source)
+    return [t for t in leaves if isinstance(t, torch.Tensor)], group
+
+
+def run_replicated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run a refused op anyway: gather its DTensors, run it whole on every rank, wrap what it returns.
+
+    Arguments that the op mutates are written back into the caller's own local memory under their own
+    placement: a result left in a temporary would be lost (that is how naive fixes of in-place backwards
+    go wrong).
+    """
+    mesh = next(a.device_mesh for a in tree_flatten((args, kwargs))[0] if isinstance(a, DTensor))
+    everywhere = [Replicate()] * mesh.ndim
+    wholes: dict[int, torch.Tensor] = {}
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        if id(value) not in wholes:
+            with torch.no_grad():
+                gathered = value.detach().redistribute(placements=everywhere)
+                wholes[id(value)] = compat.local_tensor(gathered).clone()
+        return wholes[id(value)]
+
+    out = func(*tree_map(whole, args), **tree_map(whole, dict(kwargs)))
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    mutated = {
+        id(wholes[id(named[a.name])]): named[a.name]
+        for a in func._schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write and isinstance(named.get(a.name), DTensor)
+    }
+    for result_id, original in mutated.items():
+        result = next(w for w in wholes.values() if id(w) == result_id)
+        placed = DTensor.from_local(result, mesh, everywhere, run_check=False)
+        with torch.no_grad():
+            compat.local_tensor(original).copy_(
+                compat.local_tensor(placed.redistribute(placements=original.placements))
+            )
+
+    def wrap(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) in mutated:
+            return mutated[id(value)]
+        return DTensor.from_local(value, mesh, everywhere, run_check=False)
+
+    return tree_map(wrap, out)
+
+
+def _placements(value: Any) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        tuple(compat.placement_text(p) for p in leaf.placements)
+        if isinstance(leaf, DTensor)
+        else ("plain",)
+        for leaf in tree_flatten(value)[0]
+        if isinstance(leaf, torch.Tensor)
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

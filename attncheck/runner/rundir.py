@@ -1,0 +1,79 @@
+"""The folder of one scan: what the parent tells the workers, and what they leave behind. Torch-free.
+
+    run.json        what to run it with (RunConfig)
+    cases.jsonl     the planned cases, one a line
+    journal.jsonl   starts and outcomes
+    rank0.state     what a rank is doing, one line, overwritten in place
+    *.fault         faulthandler's last words of a rank that died
+    stuck.json      who gave up waiting, and why
+    logs/           the workers' stdout and stderr, as torchrun keeps them
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attncheck.model import Case, from_json, to_json
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How workers run. `path` is put in front of sys.path; `hash_seeds` has one PYTHONHASHSEED a rank;
+    `case_timeout` is in seconds; `launch` names this start of the workers; `environment` is added to
+    theirs; `notes` is what the parent wants to remember when it resumes."""
+
+    seed: int
+    mesh: Mapping[str, int]
+    device: str
+    case_timeout: float
+    hash_seeds: tuple[int, ...]
+    probe_files: tuple[str, ...]
+    path: tuple[str, ...] = ()
+    launch: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        total = 1
+        for size in self.mesh.values():
+            total *= size
+        return total
+
+
+class RunDir:
+    """Paths of a run folder, and its two input files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.journal = path / "journal.jsonl"
+        self.stuck = path / "stuck.json"
+        self.logs = path / "logs"
+
+    def state(self, rank: int) -> Path:
+        return self.path / f"rank{rank}.state"
+
+    def fault(self, rank: int, attempt: str) -> Path:
+        return self.path / f"rank{rank}.{attempt}.fault"
+
+    def write(self, config: RunConfig, cases: Sequence[Case]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(to_json(case)) + "\n" for case in cases)
+        (self.path / "cases.jsonl").write_text(lines, encoding="utf-8")
+        self.write_config(config)
+
+    def write_config(self, config: RunConfig) -> None:
+        text = json.dumps(to_json(config), indent=1)
+        (self.path / "run.json").write_text(text, encoding="utf-8")
+
+    def config(self) -> RunConfig:
+        text = (self.path / "run.json").read_text(encoding="utf-8")
+        return from_json(RunConfig, json.loads(text), "run.json")
+
+    def cases(self) -> tuple[Case, ...]:
+        lines = (self.path / "cases.jsonl").read_text(encoding="utf-8").splitlines()
+        return tuple(from_json(Case, json.loads(line), "cases.jsonl") for line in lines)

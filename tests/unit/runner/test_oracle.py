@@ -1,0 +1,122 @@
+"""The oracle's boundaries: what is rounding, drift, wrong; dropout masks by their distribution."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attncheck.runner.oracle import (
+    WRONG_FACTOR,
+    Expected,
+    RankResult,
+    classify,
+    error_stat,
+    judge_dropout,
+    judge_values,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def reference(seed: int = 0) -> torch.Tensor:
+    return torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=st.integers(0, 2**20))
+def test_rounding_alone_is_ok(dtype: torch.dtype, seed: int) -> None:
+    want = reference(seed)
+    rounded = want.to(dtype)
+    stat = error_stat(rounded.to(torch.float64), Expected(want, rounded), dtype)
+    assert classify(stat, float(want.std())) == "ok"
+    assert stat.ratio <= 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("factor", "state"), [(0.9, "ok"), (2.0, "drift"), (WRONG_FACTOR * 1.5, "wrong")]
+)
+def test_boundaries(dtype: torch.dtype, factor: float, state: str) -> None:
+    want = reference()
+    exact = Expected(want, want)
+    bound = error_stat(want, exact, dtype).bound
+    value = want.clone()
+    value[1, 2, 3] += factor * bound
+    stat = error_stat(value, exact, dtype)
+    assert stat.ratio == pytest.approx(factor)
+    assert classify(stat, float(want.std())) == state
+    assert ("(1, 2, 3)" in stat.note) == (state != "ok")
+
+
+def test_a_small_error_everywhere_is_wrong_where_rounding_is_smaller_still() -> None:
+    want = reference()
+    rounded = want.to(torch.bfloat16)
+    stat = error_stat(want * 1.15, Expected(want, rounded), torch.bfloat16)
+    assert classify(stat, float(want.square().mean().sqrt())) == "wrong"
+
+
+def test_not_finite_is_wrong_and_named() -> None:
+    want = {"out": Expected(reference(), reference())}
+    broken = reference()
+    broken[0, 0, 0] = math.nan
+    verdict = judge_values(
+        {"out": RankResult([broken, broken], (4, 5, 6), ("R",))}, want, (2,), torch.float32
+    )
+    assert {f.code for f in verdict.facts} >= {"nonfinite", "wrong_result"}
+    assert verdict.errors["out"].max == math.inf
+
+
+def test_a_gradient_that_never_came_is_a_fact() -> None:
+    verdict = judge_values(
+        {}, {"grad.q": Expected(reference(), reference())}, (2,), torch.float32
+    )
+    assert [f.code for f in verdict.facts] == ["gradient_missing"]
+
+
+def test_replicas_and_values_are_judged_apart() -> None:
+    want = reference().float().double()
+    other = want.float().clone()
+    other[0, 0, 0] = other[0, 0, 0].nextafter(other[0, 0, 0] + 1)
+    verdict = judge_values(
+        {"out": RankResult([want.float(), other], (4, 5, 6), ("R",))},
+        {"out": Expected(want, want.float())},
+        (2,),
+        torch.float32,
+    )
+    assert [f.code for f in verdict.facts] == ["replicas_differ"]
+
+
+def mask_output(rate: float, seed: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    keep = torch.rand(3, 4, 18, 16, generator=random, dtype=torch.float64) >= rate
+    return keep / (16 * (1 - 0.25))
+
+
+@given(st.integers(0, 2**16))
+def test_honest_masks_pass(seed: int) -> None:
+    parts = [mask_output(0.25, 2 * seed), mask_output(0.25, 2 * seed + 1)]
+    assert judge_dropout(torch.cat(parts, 1), parts, sharded=True, rate=0.25) == []
+
+
+@given(st.integers(0, 2**16))
+def test_shared_masks_and_wrong_rates_do_not(seed: int) -> None:
+    part = mask_output(0.25, seed)
+    facts = judge_dropout(torch.cat([part, part], 1), [part, part], sharded=True, rate=0.25)
+    assert [f.code for f in facts] == ["dropout_shared"]
+    parts = [mask_output(0.4, 2 * seed), mask_output(0.4, 2 * seed + 1)]
+    facts = judge_dropout(torch.cat(parts, 1), parts, sharded=True, rate=0.25)
+    assert [f.code for f in facts] == ["dropout_rate"]
+
+
+def test_replicas_may_share_a_mask() -> None:
+    part = mask_output(0.25, 1)
+    assert judge_dropout(part, [part, part], sharded=False, rate=0.25) == []
+
+
+def test_values_that_no_mask_gives() -> None:
+    part = mask_output(0.25, 1) * 0.75
+    assert "dropout_values" in {f.code for f in judge_dropout(part, [part], False, 0.25)}
