@@ -103,7 +103,9 @@ def test_selection_by_globs() -> None:
         ),
     ],
 )
-def test_what_does_not_exist_is_named_with_what_does(selection: Selection, words: list[str]) -> None:
+def test_what_does_not_exist_is_named_with_what_does(
+    selection: Selection, words: list[str]
+) -> None:
     with pytest.raises(UserError) as error:
         plan(PROBES, TP2, selection)
     assert all(word in str(error.value) for word in words), str(error.value)
@@ -117,7 +119,9 @@ def test_meshes(text: str, mesh: dict[str, int]) -> None:
     assert parse_mesh(text) == mesh
 
 
-@pytest.mark.parametrize("text", ["2x", "", "x", "0", "2x0", "a=2,a=3", "a=", "2x2x2x2", "-1", "a=b"])
+@pytest.mark.parametrize(
+    "text", ["2x", "", "x", "0", "2x0", "a=2,a=3", "a=", "2x2x2x2", "-1", "a=b"]
+)
 def test_bad_meshes_are_quoted_back(text: str) -> None:
     with pytest.raises(UserError, match="Mesh"):
         parse_mesh(text)
@@ -128,6 +132,28 @@ def test_any_mesh_text_is_a_mesh_or_a_sentence(text: str) -> None:
     try:
         mesh = parse_mesh(text)
     except UserError as error:
-        assert "\n" not in repr(str(error))
+        message = str(error)
     else:
+        message = ""
         assert all(size >= 1 for size in mesh.values())
+    assert repr(text) in message or not message
+
+
+def test_no_two_roles_share_a_size_even_when_halved() -> None:
+    """A swapped or wrongly split dim must not fit by coincidence on 2 ranks."""
+    for probe in PROBES:
+        for operator in probe.operators:
+            for setting in operator.settings:
+                # Self-attention needs equal lengths, equal heads are no GQA, and 1 is 1.
+                if setting.dropout or setting.name == "batch_1":
+                    continue
+                role_sizes: dict[str, set[int]] = {}
+                for tensor in operator.tensors(setting):
+                    for role, size in zip(tensor.dims, tensor.sizes, strict=True):
+                        kind = role.removeprefix("kv_")
+                        role_sizes.setdefault(kind, set()).add(size)
+                role_sizes.pop(OTHER, None)
+                groups = list(role_sizes.values())
+                sizes = [{s for n in g for s in (n, n // 2, n - n // 2)} for g in groups]
+                together = set().union(*sizes)
+                assert len(together) == sum(map(len, sizes)), (operator.name, setting.name, sizes)

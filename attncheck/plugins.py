@@ -1,0 +1,244 @@
+"""Finds what lies on the shelves probes/ and reports/, built in or the user's; loads it by path.
+
+A plug-in is a plain file: nothing is installed or registered, and a user's own works exactly as the
+built-in ones do. Loading one runs its code. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from attncheck.errors import UserError, unknown
+from attncheck.probing import Operator, Probe
+
+if TYPE_CHECKING:
+    from attncheck.model import Report
+
+Shelf = Literal["probes", "reports"]
+
+# Plug-ins are registered in `sys.modules` below this name, so that a json.py shadows nothing.
+# Registered they must be: a frozen dataclass looks up its own module while it is defined.
+NAMESPACE = "attncheck._shelf"
+
+
+def builtin_dir(shelf: Shelf) -> Path:
+    """The folder of a built-in shelf: inside the package in a wheel, beside it in a checkout.
+
+    Raises UserError where the installation has neither.
+    """
+    package = Path(__file__).resolve().parent
+    if (package / shelf).is_dir():
+        return package / shelf
+    checkout = package.parent
+    # Without the check, a stray site-packages/probes of somebody else's would be taken for ours.
+    if (checkout / "pyproject.toml").is_file() and (checkout / shelf).is_dir():
+        return checkout / shelf
+    raise UserError(
+        f"This installation lacks its built-in {shelf}: {package / shelf} does not exist. "
+        "Reinstall attncheck."
+    )
+
+
+# --- probes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProbeShelf:
+    """The probes that could be loaded, the file of each (same order), and why others could not."""
+
+    probes: tuple[Probe, ...]
+    files: tuple[Path, ...]
+    errors: tuple[tuple[Path, str], ...]
+
+
+def load_probes(extra: Iterable[Path] = ()) -> ProbeShelf:
+    """Load the built-in probes and those in `extra` (files, or folders of them).
+
+    A file that cannot be loaded becomes one sentence in `errors`; the others are still loaded.
+    """
+    probes: dict[Path, Probe] = {}
+    errors: list[tuple[Path, str]] = []
+    paths = [*_python_files(builtin_dir("probes")), *(p for e in extra for p in _expand(e))]
+    for path in dict.fromkeys(path.resolve() for path in paths):
+        try:
+            probe = load_probe_file(path)
+            _refuse_duplicates(probe, path, probes)
+        except UserError as error:
+            errors.append((path, str(error)))
+        else:
+            probes[path] = probe
+    return ProbeShelf(tuple(probes.values()), tuple(probes), tuple(errors))
+
+
+def load_probe_file(path: Path) -> Probe:
+    """The probe that a file defines. A file is run once per process, however often it is asked for.
+
+    Raises UserError, one sentence, where the file does not load or defines no `PROBE`.
+    """
+    module = _load(path, "probes")
+    if not hasattr(module, "PROBE"):
+        raise UserError(f"Probe file {path} defines no PROBE; expected `PROBE = Probe(...)`.")
+    probe = module.PROBE
+    if not isinstance(probe, Probe):
+        raise UserError(
+            f"Probe file {path}: PROBE is of type {type(probe).__name__}; "
+            "expected an attncheck.probing.Probe."
+        )
+    _check_operators(probe, path)
+    return probe
+
+
+def _check_operators(probe: Probe, path: Path) -> None:
+    names: set[str] = set()
+    for operator in probe.operators:
+        if not isinstance(operator, Operator):
+            raise UserError(
+                f"Probe file {path}: PROBE.operators holds an object of type "
+                f"{type(operator).__name__}; expected attncheck.probing.Operator."
+            )
+        if operator.name in names:
+            raise UserError(f"Probe file {path} defines the operator {operator.name!r} twice.")
+        names.add(operator.name)
+    if not names:
+        raise UserError(f"Probe file {path}: PROBE.operators is empty; expected at least one.")
+
+
+def _refuse_duplicates(probe: Probe, path: Path, loaded: dict[Path, Probe]) -> None:
+    """Case ids are made of these names, so two probes must never share one."""
+    operators = {operator.name for operator in probe.operators}
+    for other_path, other in loaded.items():
+        if other.name == probe.name:
+            raise UserError(
+                f"Probe file {path} was left out: the probe name {probe.name!r} is taken "
+                f"by {other_path}."
+            )
+        if taken := sorted(operators & {operator.name for operator in other.operators}):
+            raise UserError(
+                f"Probe file {path} was left out: the operator name {taken[0]!r} is taken "
+                f"by {other_path}."
+            )
+
+
+# --- formats -------------------------------------------------------------------------------------
+
+
+class Render(Protocol):
+    def __call__(self, report: Report, *, options: Any) -> str:
+        """`options` is an `attncheck.view.RenderOptions`."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A report format, known by its file. Its code runs when it is first used."""
+
+    name: str
+    path: Path
+
+    @property
+    def summary(self) -> str:
+        return str(_load_format_file(self.path).SUMMARY)
+
+    def render(self, report: Report, *, options: Any) -> str:
+        """The report as text. Raises UserError where the format's file does not load."""
+        render: Render = _load_format_file(self.path).render
+        return render(report, options=options)
+
+
+def formats(extra: Iterable[Path] = ()) -> dict[str, Format]:
+    """The formats by name (the stem of the file), without running any of their code.
+
+    One in `extra` (files, or folders of them) takes the place of a built-in one of the same name.
+    """
+    paths = [*_python_files(builtin_dir("reports")), *(p for e in extra for p in _expand(e))]
+    return {path.stem: Format(path.stem, path.resolve()) for path in paths}
+
+
+def load_format(name: str, extra_paths: Iterable[Path] = ()) -> Format:
+    """A format that loads. Raises UserError for an unknown name or a file that does not load."""
+    known = formats(extra_paths)
+    if name not in known:
+        raise unknown("format", name, known)
+    _load_format_file(known[name].path)
+    return known[name]
+
+
+def _load_format_file(path: Path) -> types.ModuleType:
+    module = _load(path, "reports")
+    for name, kind in (("NAME", "a str"), ("SUMMARY", "a str"), ("render", "a function")):
+        value = getattr(module, name, None)
+        if not (callable(value) if name == "render" else isinstance(value, str)):
+            raise UserError(f"Format file {path} defines no {name}; expected {kind} of that name.")
+    return module
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def _expand(path: Path) -> list[Path]:
+    return _python_files(path) if path.is_dir() else [path]
+
+
+def _python_files(folder: Path) -> list[Path]:
+    """The plug-ins of a folder, by name. A leading underscore marks a helper that is none."""
+    return sorted(p for p in folder.glob("*.py") if not p.name.startswith("_") and p.is_file())
+
+
+def _load(path: Path, shelf: Shelf) -> types.ModuleType:
+    """Run a plug-in file as a module, or return the one that was made of it before."""
+    path = path.resolve()
+    name = _module_name(path, shelf)
+    if name in sys.modules:
+        return sys.modules[name]
+    kind = {"probes": "Probe", "reports": "Format"}[shelf]
+    if not path.is_file():
+        raise UserError(f"{kind} file {path} does not exist.")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{kind} file {path} is no Python file; expected a name that ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        # A plug-in that calls sys.exit() must not end the scan; Ctrl-C must.
+        if isinstance(error, (Exception, SystemExit)):
+            raise UserError(
+                f"{kind} file {path} does not load: {_sentence(error, path)}."
+            ) from error
+        raise
+    return module
+
+
+def _module_name(path: Path, shelf: Shelf) -> str:
+    """Unique per file: built-in ones by their stem, the user's with a hash of their path."""
+    if path.parent == builtin_dir(shelf):
+        return f"{NAMESPACE}.{shelf}.{path.stem}"
+    stem = re.sub(r"\W", "_", path.stem)
+    return f"{NAMESPACE}.{shelf}.user_{stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
+def _sentence(error: BaseException, path: Path) -> str:
+    """`ModuleNotFoundError: No module named 'x' (line 3)`, on one line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(". :")
+    lines = [number for file, number in _frames(error) if file == str(path)]
+    return (
+        f"{text} (line {lines[-1]})"
+        if lines and "(line" not in text and ", line" not in text
+        else text
+    )
+
+
+def _frames(error: BaseException) -> Iterator[tuple[str, int]]:
+    trace = error.__traceback__
+    while trace is not None:
+        yield trace.tb_frame.f_code.co_filename, trace.tb_lineno
+        trace = trace.tb_next

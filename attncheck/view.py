@@ -1,0 +1,814 @@
+"""The view model that every report format renders: symbols, grouping and next steps, computed once.
+
+Formats stay thin: they lay out what stands here and decide nothing. All text in a `View` is already
+free of control characters (a report may come from elsewhere, and hold what a kernel printed);
+escaping for a format's own syntax is the format's business. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar, cast
+
+from attncheck.model import (
+    CaseResult,
+    Finding,
+    MissingOp,
+    Outcome,
+    Reason,
+    Remedy,
+    Report,
+    Severity,
+    Status,
+    worst,
+)
+from attncheck.probing import PATTERNS
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """How to render. `width`: columns; `unicode`: False for an output that can print only ASCII."""
+
+    color: bool = False
+    width: int = 100
+    unicode: bool = True
+    verbose: bool = False
+
+
+# --- statuses ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a status is shown: one symbol, its word, one colour, and what the legend says of it."""
+
+    symbol: str
+    ascii: str
+    word: str
+    color: str
+    meaning: str
+
+    def mark(self, unicode: bool) -> str:
+        return self.symbol if unicode else self.ascii
+
+
+STYLES: Mapping[Status, Style] = {
+    Status.HANG: Style("H", "H", "hang", "bold red", "hang"),
+    Status.CRASH: Style("C", "C", "crash", "bold red", "crash"),
+    Status.DIVERGED: Style("D", "D", "diverged", "bold red", "ranks diverged"),
+    Status.WRONG: Style("\u2260", "!", "wrong", "bold magenta", "wrong numbers, no error"),
+    Status.MISSING_STRATEGY: Style(
+        "\u2717", "x", "missing strategy", "red", "no sharding strategy"
+    ),
+    Status.MIXED_TENSOR: Style("M", "M", "mixed tensor", "red", "plain tensor met a DTensor"),
+    Status.ERROR: Style("E", "E", "error", "red", "other exception"),
+    Status.DRIFT: Style("\u2248", "%", "drift", "yellow", "drift: rounding that grew"),
+    Status.REDISTRIBUTED: Style(
+        "\u2194", "~", "redistributed", "cyan", "right, with communication nobody asked for"
+    ),
+    Status.SUPPORTED: Style("\u2713", "+", "supported", "green", "right"),
+    Status.UNAVAILABLE: Style("\u00b7", "-", "unavailable", "dim", "could not run here"),
+    Status.UNKNOWN: Style("?", "?", "unknown", "yellow", "the check itself failed"),
+}
+
+SEVERITY_COLORS: Mapping[Severity, str] = {
+    Severity.ERROR: "bold red",
+    Severity.WARNING: "yellow",
+    Severity.INFO: "cyan",
+}
+
+REASONS: Mapping[Reason, str] = {
+    Reason.PACKAGE_MISSING: "package missing",
+    Reason.EXTENSION_NOT_LOADABLE: "extension not loadable",
+    Reason.VERSION_UNSUPPORTED: "version unsupported",
+    Reason.DEVICE_MISSING: "device missing",
+    Reason.SETTING_REFUSED: "the operator refuses this setting",
+    Reason.PROBE_NOT_LOADABLE: "probe not loadable",
+    Reason.NOT_RUN: "not run",
+}
+
+
+# --- the view ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Cases that share a row and a column: `ok` of `total` are usable.
+
+    `status` is the worst one; a check that failed hides a pass, never a failure. `total` leaves out
+    cases that were unavailable.
+    """
+
+    status: Status
+    ok: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a matrix: a cell for each of the view's placements, None where there is no case."""
+
+    operator: str
+    setting: str
+    direction: str
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True)
+class Usable:
+    """An operator that works with a placement, and what its costliest case communicates."""
+
+    operator: str
+    cost: str
+    free: bool
+    share: str = ""
+
+
+@dataclass(frozen=True)
+class Works:
+    """What one placement pattern leaves usable.
+
+    `both`: forward and backward in every setting that ran; `forward`: every forward; `part`: both
+    in some settings (`share` says how many).
+    """
+
+    placement: str
+    both: tuple[Usable, ...] = ()
+    forward: tuple[Usable, ...] = ()
+    part: tuple[Usable, ...] = ()
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.both or self.forward or self.part)
+
+
+@dataclass(frozen=True)
+class RemedyView:
+    """A remedy and whether this scan saw it working (`proof`, in words)."""
+
+    kind: str
+    text: str
+    code: str
+    proven: bool
+    proof: str
+
+
+@dataclass(frozen=True)
+class FindingView:
+    """A finding with what a reader asks next: where it is seen, and what to do first."""
+
+    rule: str
+    name: str
+    severity: Severity
+    title: str
+    where: str
+    details: tuple[str, ...]
+    remedies: tuple[RemedyView, ...]
+    cases: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def first_remedy(self) -> int | None:
+        """Index of the remedy to show in full: with code, and seen working, where there is one."""
+        if not self.remedies:
+            return None
+        order = range(len(self.remedies))
+        return max(order, key=lambda i: (bool(self.remedies[i].code), self.remedies[i].proven, -i))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The findings about one kernel op, worst first; it is empty where no op stands out."""
+
+    kernel_op: str
+    findings: tuple[FindingView, ...]
+
+    @property
+    def title(self) -> str:
+        return self.kernel_op or "No single kernel op"
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """Cases that did not run (or whose check failed) for the same reason."""
+
+    count: int
+    reason: str
+    detail: str
+    operators: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command that takes the reader on, and what it is for."""
+
+    command: str
+    purpose: str
+
+
+@dataclass(frozen=True)
+class View:
+    headline: tuple[str, ...]
+    placements: tuple[str, ...]
+    rows: tuple[Row, ...]
+    compact: tuple[Row, ...]
+    legend: tuple[Status, ...]
+    works: tuple[Works, ...]
+    groups: tuple[Group, ...]
+    not_run: tuple[NotRun, ...]
+    environment: tuple[tuple[str, str], ...]
+    phases: tuple[tuple[str, str], ...]
+    notices: tuple[str, ...]
+    summary: tuple[tuple[Status, int], ...]
+    severities: tuple[tuple[Severity, int], ...]
+    exit_line: str
+    steps: tuple[Step, ...]
+
+    @property
+    def findings(self) -> tuple[FindingView, ...]:
+        return tuple(finding for group in self.groups for finding in group.findings)
+
+
+def build(report: Report) -> View:
+    """Everything that a format needs of a report, for any report that `load_report` accepts."""
+    report = _clean_tree(report)
+    placements = _placements(report.cases)
+    rows = _rows(report.cases, placements, with_setting=True)
+    works = tuple(_works(report.cases, placement) for placement in placements)
+    groups = _groups(report)
+    statuses = {result.outcome.status for result in report.cases}
+    return View(
+        headline=_headline(report, works),
+        placements=placements,
+        rows=rows,
+        compact=_rows(report.cases, placements, with_setting=False),
+        legend=tuple(status for status in Status if status in statuses),
+        works=works,
+        groups=groups,
+        not_run=_not_run(report.cases),
+        environment=_environment(report),
+        phases=_phases(report.environment),
+        notices=_notices(report.environment),
+        summary=tuple((Status(name), number) for name, number in report.summary.items()),
+        severities=_severities(report.findings),
+        exit_line=_exit_line(report),
+        steps=_steps(report, groups),
+    )
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+_ESCAPES = re.compile(
+    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC: window titles, links
+    r"|\x1b[P^_X][^\x1b]*\x1b\\"  # DCS, PM, APC, SOS
+    r"|[\x1b\x9b]\[?[0-?]*[ -/]*[@-~]"  # CSI and two-byte sequences
+)
+# C0 and C1 controls, marks that reorder text (a line can read as another), lone surrogates.
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def clean(text: str) -> str:
+    """Text without escape sequences, control characters and bidi marks; newlines stay.
+
+    >>> clean("\\x1b[31mred\\x1b[0m\\r\\nnext\\x07")
+    'red\\nnext'
+    """
+    text = re.sub("\r\n?|[\x85\u2028\u2029]", "\n", text).expandtabs(4)
+    return _CONTROLS.sub("", _ESCAPES.sub("", text))
+
+
+def one_line(text: str, limit: int = 400) -> str:
+    """Text on one line, cut to `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def count(number: int, noun: str) -> str:
+    """
+    >>> count(1, "case"), count(1200, "case")
+    ('1 case', '1200 cases')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def listing(names: Iterable[str], limit: int = 3) -> str:
+    """Names in their order, cut after `limit`.
+
+    >>> listing(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    names = list(names)
+    if len(names) <= limit:
+        return ", ".join(names)
+    return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+
+
+def size(number: float) -> str:
+    """
+    >>> size(512), size(98304)
+    ('512 B', '96 KiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} GiB"
+
+
+def seconds(number: float) -> str:
+    """
+    >>> seconds(0.034), seconds(7.25), seconds(312)
+    ('34 ms', '7.2 s', '5 min 12 s')
+    """
+    if number < 1:
+        return f"{number * 1000:.0f} ms"
+    if number < 100:
+        return f"{number:.1f} s"
+    return f"{int(number) // 60} min {int(number) % 60} s"
+
+
+def _clean_tree(value: T) -> T:
+    """The same value with every string in it cleaned."""
+    cleaned: Any = value
+    if isinstance(value, str) and not isinstance(value, Enum):
+        cleaned = clean(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _clean_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        cleaned = type(value)(**fields)
+    elif isinstance(value, Mapping):
+        cleaned = {_clean_tree(k): _clean_tree(v) for k, v in value.items()}
+    elif isinstance(value, (list, tuple)):
+        cleaned = type(value)(_clean_tree(v) for v in value)
+    return cast("T", cleaned)
+
+
+# --- who, where ----------------------------------------------------------------------------------
+
+
+def _who(result: CaseResult) -> str:
+    """The operator as shown: with its route where that is not plain dispatch."""
+    case = result.case
+    name = one_line(case.operator, 80)
+    return name if case.route == "dtensor" else f"{name} via {one_line(case.route, 40)}"
+
+
+def _setting(result: CaseResult) -> str:
+    # A report from elsewhere may lack the name that our planner always gives.
+    return one_line(str(result.case.setting.get("name", "(unnamed)")), 60)
+
+
+def _mesh(mesh: Mapping[str, Any]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in mesh.items())
+
+
+def _placements(results: Sequence[CaseResult]) -> tuple[str, ...]:
+    """The placements of a report, in the order in which the patterns are defined, then others."""
+    order = {name: i for i, name in enumerate(PATTERNS)}
+    names = dict.fromkeys(one_line(result.case.placement, 60) for result in results)
+    return tuple(
+        sorted(names, key=lambda n: [order.get(part, len(order)) for part in n.split(",")])
+    )
+
+
+def _grouped(
+    results: Iterable[CaseResult], key: Callable[[CaseResult], T]
+) -> dict[T, list[CaseResult]]:
+    groups: dict[T, list[CaseResult]] = {}
+    for result in results:
+        groups.setdefault(key(result), []).append(result)
+    return groups
+
+
+# --- the matrix ----------------------------------------------------------------------------------
+
+
+def _rows(
+    results: Sequence[CaseResult], placements: Sequence[str], *, with_setting: bool
+) -> tuple[Row, ...]:
+    several_meshes = len({_mesh(r.case.mesh) for r in results}) > 1
+
+    def setting(result: CaseResult) -> str:
+        mesh = f" ({_mesh(result.case.mesh)})" if several_meshes else ""
+        return _setting(result) + mesh if with_setting else ""
+
+    # The plan orders cases by what is cheap to run; here an operator's rows stand together.
+    order = {who: i for i, who in enumerate(dict.fromkeys(map(_who, results)))}
+    settings = {s: i for i, s in enumerate(dict.fromkeys(map(setting, results)))}
+    rows = _grouped(results, lambda r: (_who(r), setting(r), one_line(r.case.direction, 20)))
+    keys = sorted(rows, key=lambda k: (order[k[0]], settings[k[1]], k[2] != "forward", k[2]))
+    return tuple(Row(*key, cells=_cells(rows[key], placements)) for key in keys)
+
+
+def _cells(results: Sequence[CaseResult], placements: Sequence[str]) -> tuple[Cell | None, ...]:
+    by_placement = _grouped(results, lambda r: one_line(r.case.placement, 60))
+    return tuple(_cell(by_placement[p]) if p in by_placement else None for p in placements)
+
+
+def _cell(results: Sequence[CaseResult]) -> Cell:
+    statuses = [result.outcome.status for result in results]
+    failed = [s for s in statuses if s.ran and not s.usable]
+    hidden = not failed and Status.UNKNOWN in statuses
+    status = Status.UNKNOWN if hidden else worst(failed or statuses)
+    total = sum(s is not Status.UNAVAILABLE for s in statuses)
+    return Cell(status, sum(s.usable for s in statuses), total)
+
+
+# --- what works ----------------------------------------------------------------------------------
+
+
+def _works(results: Sequence[CaseResult], placement: str) -> Works:
+    here = [r for r in results if one_line(r.case.placement, 60) == placement]
+    found: dict[str, list[Usable]] = {"both": [], "forward": [], "part": []}
+    for who, own in _grouped(here, _who).items():
+        kind, usable = _usability(who, own)
+        if usable is not None:
+            found[kind].append(usable)
+    return Works(placement, **{kind: tuple(usables) for kind, usables in found.items()})
+
+
+def _usability(who: str, results: Sequence[CaseResult]) -> tuple[str, Usable | None]:
+    """Whether an operator's cases of one placement work in `both` directions, `forward`, `part`."""
+    tried = [r for r in results if r.outcome.status is not Status.UNAVAILABLE]
+    settings = _grouped(tried, lambda r: (_setting(r), _mesh(r.case.mesh)))
+    good = [cases for cases in settings.values() if _works_both(cases)]
+    forward = [r for r in tried if r.case.direction == "forward"]
+    share = f"{len(good)} of {count(len(settings), 'setting')}"
+    if settings and len(good) == len(settings):
+        return "both", _usable(who, tried)
+    if forward and all(r.outcome.status.usable for r in forward):
+        return "forward", _usable(who, forward, f"backward in {share}" if good else "")
+    if good:
+        return "part", _usable(who, [r for cases in good for r in cases], share)
+    return "", None
+
+
+def _works_both(results: Sequence[CaseResult]) -> bool:
+    directions = {r.case.direction for r in results}
+    return "backward" in directions and all(r.outcome.status.usable for r in results)
+
+
+def _usable(who: str, results: Sequence[CaseResult], share: str = "") -> Usable:
+    costliest = max(results, key=lambda r: (sum(c.bytes for c in r.outcome.collectives), r.case.id))
+    cost = _cost(costliest.outcome)
+    return Usable(who, cost or "no communication", not cost, share)
+
+
+def _cost(outcome: Outcome) -> str:
+    """`3 all_gather, 1 all_reduce, 96 KiB a rank`; empty without communication."""
+    counts: Counter[str] = Counter()
+    for collective in outcome.collectives:
+        counts[one_line(collective.name, 40)] += collective.count
+    if not counts:
+        return ""
+    calls = ", ".join(f"{number} {name}" for name, number in counts.most_common())
+    return f"{calls}, {size(sum(c.bytes for c in outcome.collectives))} a rank"
+
+
+# --- the headline --------------------------------------------------------------------------------
+
+
+def _headline(report: Report, works: Sequence[Works]) -> tuple[str, ...]:
+    """What is broken, then what works: a few sentences for a person whose job just died."""
+    if not report.cases:
+        return ("No case was planned: nothing was checked.",)
+    if not any(result.outcome.status.ran for result in report.cases):
+        return (_nothing_ran(report.cases),)
+    return (*_problems(report.cases), *_what_works(report.cases, works))
+
+
+def _nothing_ran(results: Sequence[CaseResult]) -> str:
+    reasons = Counter(_reason(result.outcome) for result in results)
+    cases = count(len(results), "case")
+    return f"Nothing ran: {cases} ({listing(reasons)}). Nothing can be concluded."
+
+
+def missing_kernel_ops(results: Iterable[CaseResult]) -> tuple[str, ...]:
+    """Every kernel op without a sharding strategy: forward ones first, then by cases stopped."""
+    cases: Counter[str] = Counter()
+    forward: set[str] = set()
+    for result in results:
+        missing = {(one_line(op.op, 160), op.phase) for op in _missing_ops(result.outcome)}
+        cases.update({op for op, _ in missing})
+        forward |= {op for op, phase in missing if phase != "backward"}
+    return tuple(sorted(cases, key=lambda op: (op not in forward, -cases[op], op)))
+
+
+def _missing_ops(outcome: Outcome) -> tuple[MissingOp, ...]:
+    named = tuple(op for op in outcome.missing_ops if op.kind in ("strategy", "propagation"))
+    if not named and outcome.status is Status.MISSING_STRATEGY and outcome.kernel_op:
+        return (MissingOp(outcome.kernel_op, "", "strategy", ""),)
+    return named
+
+
+def _missing(results: Sequence[CaseResult]) -> str:
+    ops = missing_kernel_ops(results)
+    if not ops:
+        return ""
+    verb = "kernel op has" if len(ops) == 1 else "kernel ops have"
+    return f"{len(ops)} {verb} no sharding strategy: {listing(ops)}."
+
+
+# What else is said of the cases in any of these statuses, most alarming first.
+_BROKEN: tuple[tuple[str, tuple[Status, ...]], ...] = (
+    ("wrong numbers without any error", (Status.WRONG,)),
+    ("hang, crash or ranks that diverge", (Status.HANG, Status.CRASH, Status.DIVERGED)),
+    ("plain tensors mixed with DTensors", (Status.MIXED_TENSOR,)),
+    ("other exceptions", (Status.ERROR,)),
+    ("rounding that grew", (Status.DRIFT,)),
+)
+
+
+def _problems(results: Sequence[CaseResult]) -> tuple[str, ...]:
+    missing = _missing(results)
+    others = []
+    for what, statuses in _BROKEN:
+        hit = [r for r in results if r.outcome.status in statuses]
+        if hit:
+            who = listing(dict.fromkeys(map(_who, hit)), 2)
+            others.append(f"{what} in {count(len(hit), 'case')} ({who})")
+    if not missing and not others:
+        return ("Every case that ran gave right results.",)
+    text = "; ".join(others)
+    also = f"Also found: {text}." if missing else f"Found: {text}."
+    return tuple(sentence for sentence in (missing, also if others else "") if sentence)
+
+
+def _what_works(results: Sequence[CaseResult], works: Sequence[Works]) -> Iterable[str]:
+    best = _placement_to_name(works)
+    if best is None:
+        return
+    operators = len({_who(r) for r in results if one_line(r.case.placement, 60) == best.placement})
+    name = (
+        f"{best.placement} sharded"
+        if best.placement in ("heads", "batch", "sequence")
+        else best.placement
+    )
+    if best.both:
+        verb = f"{'operator' if operators == 1 else 'operators'} work{'s' * (len(best.both) == 1)}"
+        names = listing((usable.operator for usable in best.both), 4)
+        yield f"{len(best.both)} of {operators} {verb} with {name}, forward and backward: {names}."
+    else:
+        yield f"No operator works in every setting with {name}, forward and backward."
+
+
+def _placement_to_name(works: Sequence[Works]) -> Works | None:
+    """The placement that the headline is about: heads, as tensor parallelism shards, if tried."""
+    for wanted in (
+        lambda n: n == "heads",
+        lambda n: "heads" in n.split(","),
+        lambda n: n != "replicate",
+    ):
+        found = next((w for w in works if wanted(w.placement)), None)
+        if found is not None:
+            return found
+    return works[0] if works else None
+
+
+# --- findings ------------------------------------------------------------------------------------
+
+
+def _groups(report: Report) -> tuple[Group, ...]:
+    by_id = {result.case.id: result for result in report.cases}
+    groups: dict[str, list[Finding]] = {}
+    for finding in sorted(report.findings, key=lambda f: _badness(f, by_id)):
+        groups.setdefault(one_line(finding.kernel_op, 160), []).append(finding)
+    return tuple(
+        Group(op, tuple(_finding(finding, by_id) for finding in findings))
+        for op, findings in groups.items()
+    )
+
+
+def _badness(finding: Finding, by_id: Mapping[str, CaseResult]) -> tuple[int, int, int, str, str]:
+    statuses = [by_id[case].outcome.status for case in finding.cases if case in by_id]
+    rank = worst(statuses).rank if statuses else len(Status)
+    return (finding.severity.rank, rank, -len(finding.cases), finding.rule, finding.fingerprint)
+
+
+def _finding(finding: Finding, by_id: Mapping[str, CaseResult]) -> FindingView:
+    results = [by_id[case] for case in finding.cases if case in by_id]
+    return FindingView(
+        rule=one_line(finding.rule, 40),
+        name=one_line(finding.name, 80),
+        severity=finding.severity,
+        title=one_line(finding.title, 300),
+        where=_where(finding, results),
+        details=_details(finding, results),
+        remedies=tuple(_remedy(remedy, by_id) for remedy in finding.remedies),
+        cases=tuple(one_line(case, 300) for case in finding.cases),
+        fingerprint=one_line(finding.fingerprint, 80),
+    )
+
+
+# Rules begin a message with the extent of a finding: `where` need not say the same again.
+_OPERATORS, _PLACEMENTS = "Operators: ", "Placements affected: "
+
+
+def _where(finding: Finding, results: Sequence[CaseResult]) -> str:
+    """`flash_attn_func; batch, heads; forward and backward; 12 cases`."""
+    parts = [
+        listing(dict.fromkeys(map(_who, results)), 4),
+        "" if _PLACEMENTS in finding.message else listing(_placements(results), 7),
+        " and ".join(sorted({one_line(r.case.direction, 20) for r in results}, reverse=True)),
+        count(len(finding.cases), "case"),
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _details(finding: Finding, results: Sequence[CaseResult]) -> tuple[str, ...]:
+    """The finding's own message, line by line; without one, what its worst case said."""
+    text = finding.message
+    if not text and results:
+        text = min(results, key=lambda r: r.outcome.status.rank).outcome.message
+    lines = [one_line(line, 2000) for line in text.split("\n") if not line.startswith(_OPERATORS)]
+    return tuple(line for line in lines if line)
+
+
+_NOT_RUN = "Not run in this scan."
+
+
+def _remedy(remedy: Remedy, by_id: Mapping[str, CaseResult]) -> RemedyView:
+    """Evidence is believed only as far as the report itself shows those cases to be right."""
+    seen = sum(case in by_id and by_id[case].outcome.status.usable for case in remedy.evidence)
+    if seen:
+        proof = f"seen working in this scan: {count(seen, 'case')}"
+    elif remedy.evidence:
+        proof = "its evidence is not in this report"
+    else:
+        proof = "not run in this scan"
+    text = one_line(remedy.text, 2000).removesuffix(_NOT_RUN).rstrip()
+    return RemedyView(one_line(remedy.kind, 40), text, remedy.code.strip("\n"), seen > 0, proof)
+
+
+def _severities(findings: Iterable[Finding]) -> tuple[tuple[Severity, int], ...]:
+    counts = Counter(finding.severity for finding in findings)
+    return tuple((severity, counts[severity]) for severity in Severity if counts[severity])
+
+
+# --- cases that did not run ----------------------------------------------------------------------
+
+
+def _reason(outcome: Outcome) -> str:
+    if outcome.status is Status.UNKNOWN:
+        return "the check itself failed"
+    return REASONS[outcome.reason] if outcome.reason else "unavailable, no reason given"
+
+
+def _not_run(results: Iterable[CaseResult]) -> tuple[NotRun, ...]:
+    idle = [result for result in results if not result.outcome.status.ran]
+    groups = _grouped(idle, lambda r: (_reason(r.outcome), one_line(r.outcome.message, 300)))
+    found = [
+        NotRun(len(own), reason, detail, tuple(dict.fromkeys(map(_who, own))))
+        for (reason, detail), own in groups.items()
+    ]
+    return tuple(sorted(found, key=lambda n: -n.count))
+
+
+# --- environment ---------------------------------------------------------------------------------
+
+# What decides how attention behaves, in the order in which a maintainer looks for it.
+_FIRST_PACKAGES = ("torch", "flash-attn", "flash-attn-3", "flash-attn-4", "triton", "xformers")
+
+
+def _environment(report: Report) -> tuple[tuple[str, str], ...]:
+    env = report.environment
+    seen = dict.fromkeys(s for r in report.cases for s in r.outcome.standins)
+    lines = [
+        ("attncheck", _show(env.get("attncheck"))),
+        ("packages", _packages(env.get("packages"))),
+        ("python", _show(env.get("python"))),
+        ("platform", _show(env.get("platform"))),
+        ("device", _show(env.get("device"))),
+        ("gpu", _show(env.get("gpu"))),
+        ("ranks", _show(env.get("ranks"))),
+        ("mesh", _show(env.get("mesh"))),
+        ("level", _show(env.get("level"))),
+        ("seed", _show(env.get("seed"))),
+        ("hash seeds", _show(env.get("hash_seeds"))),
+        ("stand-ins", _show(env.get("standins")) or ", ".join(seen)),
+        ("wall time", _show_number(env.get("wall_seconds"), seconds)),
+        ("peak memory", _peak(env.get("peak_rss_mib"))),
+        ("command", _show(env.get("command"))),
+    ]
+    return tuple((label, one_line(text, 1000)) for label, text in lines if text)
+
+
+def _packages(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return _show(value)
+    first = [name for name in _FIRST_PACKAGES if name in value]
+    rest = sorted((name for name in value if name not in first), key=str)
+    return ", ".join(f"{name} {_show(value[name])}" for name in [*first, *rest])
+
+
+def _show(value: Any) -> str:
+    """Any JSON value in a few words; empty for nothing."""
+    if value is None or value == "":
+        return ""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_show(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_show(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
+
+
+def _show_number(value: Any, show: Callable[[float], str]) -> str:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return show(value) if number and 0 <= value < 1e12 else _show(value)
+
+
+def _peak(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(v, (int, float)) for v in value):
+        return f"{max(value):.0f} MiB in the largest of {count(len(value), 'rank')}"
+    return _show(value)
+
+
+def _phases(env: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    phases = env.get("phases")
+    if not isinstance(phases, Mapping):
+        return ()
+    return tuple(
+        (one_line(str(name).replace("_", " "), 40), one_line(_show_number(value, seconds), 40))
+        for name, value in phases.items()
+    )
+
+
+def _notices(env: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a reader must know before trusting the rest: broken probes, restarts, notes."""
+    notices = [f"Probe not loaded: {text}" for text in _texts(env.get("probe_errors"))]
+    restarts = env.get("restarts")
+    if isinstance(restarts, int) and restarts > 0:
+        notices.append(f"Workers were restarted {count(restarts, 'time')}.")
+    return tuple(one_line(notice, 1000) for notice in (*notices, *_texts(env.get("notes"))))
+
+
+def _texts(value: Any) -> list[str]:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [text for text in map(_show, items) if text]
+
+
+# --- how to go on --------------------------------------------------------------------------------
+
+
+def _exit_line(report: Report) -> str:
+    """The exit code of this scan and why, in words: what `cli.exit_code` decides."""
+    if not any(result.outcome.status.ran for result in report.cases):
+        return "Nothing ran, so the scan is inconclusive: exit code 3."
+    # A check that failed says nothing of the operator: it makes a scan inconclusive, never failed.
+    counts = dict(_severities(f for f in report.findings if f.rule != "ATN505"))
+    errors, warnings = counts.get(Severity.ERROR, 0), counts.get(Severity.WARNING, 0)
+    if errors:
+        return f"{count(errors, 'error')}: exit code 1 with the default --fail-on error."
+    found = f"No errors, {count(warnings, 'warning')}" if warnings else "No errors or warnings"
+    if _inconclusive(report.cases):
+        return f"{found}, but too much did not run to call it clean: exit code 3."
+    return f"{found}: exit code 0 with the default --fail-on error."
+
+
+def _inconclusive(results: Sequence[CaseResult]) -> bool:
+    statuses = [result.outcome.status for result in results]
+    return Status.UNKNOWN in statuses or 2 * sum(s.ran for s in statuses) < len(statuses)
+
+
+EXIT_CODES = "0 clean, 1 findings at or above --fail-on, 2 usage or internal error, 3 inconclusive"
+
+
+def _steps(report: Report, groups: Sequence[Group]) -> tuple[Step, ...]:
+    steps = []
+    first = groups[0].findings[0] if groups else None
+    if first is not None:
+        steps.append(
+            Step(f"attncheck explain {first.rule}", f"what {first.name or first.rule} means")
+        )
+    operator = _operator_of(report, first)
+    if operator:
+        command = f"attncheck scan --operator {shlex.quote(operator)} -v"
+        steps.append(Step(command, "run it alone, every case listed"))
+    steps.append(
+        Step("attncheck scan ... --output markdown:report.md", "a report to paste into an issue")
+    )
+    steps.append(
+        Step("attncheck scan ... --output json:report.json", "everything, for CI or other formats")
+    )
+    return tuple(steps)
+
+
+def _operator_of(report: Report, first: FindingView | None) -> str:
+    if first is None or not first.cases:
+        return ""
+    wanted = first.cases[0]
+    return next(
+        (one_line(r.case.operator, 80) for r in report.cases if one_line(r.case.id, 300) == wanted),
+        "",
+    )
