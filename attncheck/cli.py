@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import shutil
 import sys
 import time
@@ -38,7 +40,9 @@ class Commands(click.Group):
             ctx.exit(EXIT_CLEAN)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="attncheck")
 def main() -> None:
     """Find out which attention operators really work on DTensors, before you deploy.
@@ -54,28 +58,57 @@ def _many(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
 @main.command()
 @_many("--operator", "-k", metavar="GLOB", help="Operators to run, e.g. 'sdpa*' (repeatable).")
 @_many("--setting", metavar="GLOB", help="Settings to run, e.g. causal, '*mask*'.")
-@_many("--placement", metavar="GLOB", help="Placements: replicate, batch, heads, sequence, query, head_dim, partial.")
+@_many(
+    "--placement",
+    metavar="GLOB",
+    help="Placements: replicate, batch, heads, sequence, query, head_dim, partial.",
+)
 @_many("--direction", metavar="NAME", help="forward or backward.")
 @_many("--route", metavar="NAME", help="How the operator is distributed: dtensor.")
 @click.option("--level", metavar="NAME", help="quick, default or full.")
 @click.option("--ranks", type=int, help="Processes to run (default 2).")
 @click.option("--mesh", metavar="SHAPE", help="Device mesh, e.g. 2x2 or dp=2,tp=2.")
 @click.option("--device", metavar="NAME", help="cpu (default) or cuda.")
-@_many("--with", "with_", metavar="PACKAGE", help="Provision a package's Python part and run it on CPU stand-ins: flash-attn[==VERSION].")
+@_many(
+    "--with",
+    "with_",
+    metavar="PACKAGE",
+    help="Provision a package's Python part and run it on CPU stand-ins: flash-attn[==VERSION].",
+)
 @_many("--probe", metavar="FILE", help="A probe file of your own. Its code is run.")
-@click.option("--seed", type=int, help="Seed of all values (default: fresh; the report records it).")
-@click.option("--hash-seed", type=int, default=None, help="PYTHONHASHSEED of rank 0; rank r gets this plus r (default 6).")
+@click.option(
+    "--seed", type=int, help="Seed of all values (default: fresh; the report records it)."
+)
+@click.option(
+    "--hash-seed",
+    type=int,
+    default=None,
+    help="PYTHONHASHSEED of rank 0; rank r gets this plus r (default 6).",
+)
 @click.option("--case-timeout", type=float, metavar="SECONDS", help="Deadline of a single case.")
 @_many("--select", metavar="RULE", help="Only these rules (ATN101, ATN1, missing-*).")
 @_many("--ignore", metavar="RULE", help="All but these rules.")
-@click.option("--fail-on", metavar="SEVERITY", help="Lowest severity that exits 1: error (default), warning, info, never.")
-@_many("--output", "-o", metavar="FORMAT[:PATH]", help="Write a report: table, markdown, json (repeatable; no PATH is stdout).")
-@click.option("--resume", is_flag=True, help="Go on with the last interrupted scan (or that of --run-dir).")
+@click.option(
+    "--fail-on",
+    metavar="SEVERITY",
+    help="Lowest severity that exits 1: error (default), warning, info, never.",
+)
+@_many(
+    "--output",
+    "-o",
+    metavar="FORMAT[:PATH]",
+    help="Write a report: table, markdown, json (repeatable; no PATH is stdout).",
+)
+@click.option(
+    "--resume", is_flag=True, help="Go on with the last interrupted scan (or that of --run-dir)."
+)
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Folder for journal and logs.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-@click.option("-v", "--verbose", is_flag=True, help="List every case; tracebacks for internal errors.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="List every case; tracebacks for internal errors."
+)
 @click.pass_context
-def scan(ctx: click.Context, **given: Any) -> None:
+def scan(ctx: click.Context, /, **given: Any) -> None:
     """Run attention operators on DTensors and report what works, what is missing, wrong or costly.
 
     With no GPU at hand: attncheck scan --with flash-attn
@@ -119,7 +152,9 @@ def _scan(options: dict[str, Any]) -> Report:
             mesh=_mesh(options["mesh"], options["ranks"], parse_mesh),
             device=_device(options["device"] or "cpu"),
             seed=options["seed"],
-            hash_seed=options["hash-seed"] if options["hash-seed"] is not None else runner.FIRST_HASH_SEED,
+            hash_seed=options["hash-seed"]
+            if options["hash-seed"] is not None
+            else runner.FIRST_HASH_SEED,
             case_timeout=_positive("--case-timeout", options["case-timeout"]),
             with_packages=options["with"],
             probe_files=options["probe"],
@@ -131,17 +166,21 @@ def _scan(options: dict[str, Any]) -> Report:
         return runner.scan(request, _log, show)
 
 
-def _mesh(text: str | None, ranks: int | None, parse: Callable[[str], dict[str, int]]) -> dict[str, int]:
+def _mesh(
+    text: str | None, ranks: int | None, parse: Callable[[str], dict[str, int]]
+) -> dict[str, int]:
     if ranks is not None and ranks < 1:
-        raise UserError(f"--ranks is {ranks}: at least 1 rank is needed (2 or more to shard anything).")
+        raise UserError(
+            f"--ranks is {ranks}: at least 1 rank is needed (2 or more to shard anything)."
+        )
     if text is None:
         return {"tp": ranks or 2}
     mesh = parse(text)
-    size = 1
-    for axis in mesh.values():
-        size *= axis
+    size = math.prod(mesh.values())
     if ranks is not None and ranks != size:
-        raise UserError(f"Mesh {text!r} has {size} ranks, but --ranks is {ranks}: give one or make them equal.")
+        raise UserError(
+            f"Mesh {text!r} has {size} ranks, but --ranks is {ranks}: give one or make them equal."
+        )
     return mesh
 
 
@@ -172,7 +211,8 @@ def _guarded(run: Callable[[], Report], verbose: bool, ctx: click.Context) -> Re
         if verbose:
             raise
         click.echo(
-            f"attncheck: internal error, {type(error).__name__}: {error} (-v shows the traceback)", err=True
+            f"attncheck: internal error, {type(error).__name__}: {error} (-v shows the traceback)",
+            err=True,
         )
         ctx.exit(EXIT_ERROR)
 
@@ -189,7 +229,11 @@ def _progress(quiet: bool) -> Any:
 
     def show(done: int, total: int, case: Case | None) -> None:
         if shown:
-            what = f"{case.operator} {case.setting_name} {case.placement} {case.direction}" if case else ""
+            what = (
+                f"{case.operator} {case.setting_name} {case.placement} {case.direction}"
+                if case
+                else ""
+            )
             line = f"[{done}/{total}] {time.time() - began:.0f} s  {what}"
             width = shutil.get_terminal_size().columns - 1
             click.echo(f"\r{line[:width]:<{width}}", nl=False, err=True)
@@ -198,7 +242,9 @@ def _progress(quiet: bool) -> Any:
         yield show
     finally:
         if shown:
-            click.echo("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", nl=False, err=True)
+            click.echo(
+                "\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", nl=False, err=True
+            )
 
 
 def exit_code(report: Report, fail_on: str) -> int:
@@ -233,8 +279,6 @@ def _parse_outputs(texts: Sequence[str]) -> list[tuple[Any, Path | None]]:
 
 
 def _write(report: Report, outputs: Sequence[tuple[Any, Path | None]], verbose: bool) -> None:
-    import os
-
     from attncheck.view import RenderOptions
 
     for form, path in outputs:
@@ -259,7 +303,9 @@ def _write(report: Report, outputs: Sequence[tuple[Any, Path | None]], verbose: 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--format", "format_", default="table", metavar="NAME", help="table, markdown or json.")
+@click.option(
+    "--format", "format_", default="table", metavar="NAME", help="table, markdown or json."
+)
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to this file.")
 @click.option("-v", "--verbose", is_flag=True, help="List every case.")
 def report(file: Path, format_: str, output: Path | None, verbose: bool) -> None:
@@ -273,7 +319,9 @@ def report(file: Path, format_: str, output: Path | None, verbose: bool) -> None
     except OSError as error:
         raise UserError(f"Cannot read {file}: {error.strerror}.") from None
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not a text file; expected a report written by --output json.") from None
+        raise UserError(
+            f"{file} is not a text file; expected a report written by --output json."
+        ) from None
     _write(load_report(text, str(file)), [(form, output)], verbose)
 
 
@@ -283,7 +331,9 @@ def report(file: Path, format_: str, output: Path | None, verbose: bool) -> None
 @main.command("list")
 @click.option("--cases", is_flag=True, help="List the cases that a scan at --level would run.")
 @click.option("--level", default="default", metavar="NAME", help="quick, default or full.")
-@click.option("--probe", multiple=True, metavar="FILE", help="A probe file of your own. Its code is run.")
+@click.option(
+    "--probe", multiple=True, metavar="FILE", help="A probe file of your own. Its code is run."
+)
 def list_(cases: bool, level: str, probe: tuple[str, ...]) -> None:
     """List probes, operators, settings, placements, rules and formats."""
     from attncheck import listing
@@ -306,5 +356,7 @@ def explain(rule: str) -> None:
     from attncheck import rules
 
     found = rules.find(rule)
-    click.echo(f"# {found.id} {found.name}\n\nSeverity: {found.severity.value}. Since {found.since}.\n")
+    click.echo(
+        f"# {found.id} {found.name}\n\nSeverity: {found.severity.value}. Since {found.since}.\n"
+    )
     click.echo(found.docs.strip())

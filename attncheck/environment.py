@@ -56,7 +56,9 @@ def gpu(driver: Path = Path("/proc/driver/nvidia")) -> str:
         return "none"
     version = ""
     if (driver / "version").exists():
-        match = re.search(r"\b(\d{3}\.\d+[.\d]*)\b", (driver / "version").read_text(errors="replace"))
+        match = re.search(
+            r"\b(\d{3}\.\d+[.\d]*)\b", (driver / "version").read_text(errors="replace")
+        )
         version = f" (driver {match[1]})" if match else ""
     return ", ".join(names) + version
 

@@ -41,7 +41,9 @@ def _settings(probes: Sequence[Probe]) -> str:
     rows = []
     for probe in probes:
         for level in ("quick", "default", "full"):
-            names = dict.fromkeys(s.name for o in probe.operators for s in o.settings if s.level == level)
+            names = dict.fromkeys(
+                s.name for o in probe.operators for s in o.settings if s.level == level
+            )
             if names:
                 rows.append((probe.name, level, ", ".join(names)))
     return tabulate(rows, ["probe", "level", "settings"], maxcolwidths=[None, None, 90]) + "\n"

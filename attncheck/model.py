@@ -107,7 +107,12 @@ class Case:
 
 
 def case_id(
-    probe: str, operator: str, setting: str, route: str, mesh: Mapping[str, int], placement: str,
+    probe: str,
+    operator: str,
+    setting: str,
+    route: str,
+    mesh: Mapping[str, int],
+    placement: str,
     direction: str,
 ) -> str:
     """A stable, readable id: no versions, no counters.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +50,9 @@ def parse_mesh(text: str) -> dict[str, int]:
         if any(not _NUMBER.fullmatch(part) for part in parts):
             raise UserError(f"Mesh {text!r} is not a mesh: {expected}.")
         if len(parts) not in AXIS_NAMES:
-            raise UserError(f"Mesh {text!r} has {len(parts)} axes: up to 3, or name them (dp=2,...).")
+            raise UserError(
+                f"Mesh {text!r} has {len(parts)} axes: up to 3, or name them (dp=2,...)."
+            )
         mesh = dict(zip(AXIS_NAMES[len(parts)], map(int, parts), strict=True))
     if any(size < 1 for size in mesh.values()):
         raise UserError(f"Mesh {text!r} has an axis of size 0: every axis needs at least 1 rank.")
@@ -74,7 +75,9 @@ def placement_texts(tensor: Tensor, patterns: Sequence[str], first: bool) -> tup
     return tuple(out)
 
 
-def patterns_for(operator: Operator, setting: Setting, level: str, axes: int) -> list[tuple[str, ...]]:
+def patterns_for(
+    operator: Operator, setting: Setting, level: str, axes: int
+) -> list[tuple[str, ...]]:
     """The placement patterns of a setting: one name per mesh axis.
 
     `full` runs every pattern. A mesh of several axes gets batch on the first axis with each pattern on
@@ -126,7 +129,11 @@ def plan(
 
 
 def _cases(
-    probe: Probe, operator: Operator, setting: Setting, mesh: Mapping[str, int], selection: Selection
+    probe: Probe,
+    operator: Operator,
+    setting: Setting,
+    mesh: Mapping[str, int],
+    selection: Selection,
 ) -> Iterator[tuple[Case, int]]:
     tensors = operator.tensors(setting)
     seen = set()
@@ -149,7 +156,9 @@ def _cases(
                 continue
             yield (
                 Case(
-                    id=case_id(probe.name, operator.name, setting.name, "dtensor", mesh, name, direction),
+                    id=case_id(
+                        probe.name, operator.name, setting.name, "dtensor", mesh, name, direction
+                    ),
                     probe=probe.name,
                     operator=operator.name,
                     route="dtensor",

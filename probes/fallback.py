@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 BASE = {"batch": 6, "heads": 4, "kv_heads": 4, "sequence": 18, "kv_sequence": 22, "head_dim": 16}
-UNEVEN_HEADS = {**BASE, "heads": 5, "kv_heads": 5}
-UNEVEN_SEQUENCE = {**BASE, "sequence": 17, "kv_sequence": 23}
+UNEVEN_HEADS = {**BASE, "batch": 14, "heads": 5, "kv_heads": 5}
+UNEVEN_SEQUENCE = {**BASE, "sequence": 19, "kv_sequence": 25}
 
 ROLES = {
     "bhsd": ((BATCH, HEADS, SEQUENCE, HEAD_DIM), (BATCH, KV_HEADS, KV_SEQUENCE, HEAD_DIM)),

@@ -32,9 +32,9 @@ MASK_DIMS = (BATCH, HEADS, SEQUENCE, KV_SEQUENCE)
 BASE = {"batch": 6, "heads": 4, "kv_heads": 4, "sequence": 18, "kv_sequence": 22, "head_dim": 16}
 SQUARE = {**BASE, "kv_sequence": 18}
 GQA = {**BASE, "heads": 20}
-GQA_UNEVEN_KV = {**BASE, "heads": 20, "kv_heads": 5}
-UNEVEN_HEADS = {**BASE, "heads": 5, "kv_heads": 5}
-UNEVEN_SEQUENCE = {**BASE, "sequence": 17, "kv_sequence": 23}
+GQA_UNEVEN_KV = {**BASE, "batch": 14, "heads": 20, "kv_heads": 5}
+UNEVEN_HEADS = {**BASE, "batch": 14, "heads": 5, "kv_heads": 5}
+UNEVEN_SEQUENCE = {**BASE, "sequence": 19, "kv_sequence": 25}
 BATCH_1 = {**BASE, "batch": 1}
 # q = 0 and v = identity make the dropout mask readable: see runner.oracle.judge_dropout.
 DROPOUT = {**BASE, "kv_sequence": 16}
@@ -67,7 +67,9 @@ def tensors(setting: Setting) -> tuple[Tensor, ...]:
         sizes,
         requires_grad=False,
         fill=f"{kind}_mask",
-        wrap={"plain": "plain", "replicated": "replicate", "sharded": "pattern"}[setting.get("mask_as")],
+        wrap={"plain": "plain", "replicated": "replicate", "sharded": "pattern"}[
+            setting.get("mask_as")
+        ],
         dtype="bool" if kind == "bool" else None,
     )
     return q, k, v, mask
@@ -184,7 +186,11 @@ MATH = (
 
 
 def operator(
-    name: str, backend: str | None, settings: tuple[Setting, ...], kernel_ops: tuple[str, ...], slow: bool
+    name: str,
+    backend: str | None,
+    settings: tuple[Setting, ...],
+    kernel_ops: tuple[str, ...],
+    slow: bool,
 ) -> Operator:
     return Operator(
         name=name,
@@ -209,7 +215,9 @@ PROBE = Probe(
     name="sdpa",
     summary="F.scaled_dot_product_attention: default dispatch, MATH, FLASH_ATTENTION",
     operators=(
-        operator("sdpa[MATH]", "MATH", MATH, ("aten.bmm.default", "aten._safe_softmax.default"), False),
+        operator(
+            "sdpa[MATH]", "MATH", MATH, ("aten.bmm.default", "aten._safe_softmax.default"), False
+        ),
         operator("sdpa", None, DISPATCHED, FLASH_CPU_OPS, True),
         operator("sdpa[FLASH_ATTENTION]", "FLASH_ATTENTION", DISPATCHED, FLASH_CPU_OPS, True),
     ),

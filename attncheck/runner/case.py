@@ -162,7 +162,12 @@ def distribute(
 
 
 def run_once(
-    prepared: Prepared, case: Case, mesh: DeviceMesh, device: str, seed: int, observer: Observer | None
+    prepared: Prepared,
+    case: Case,
+    mesh: DeviceMesh,
+    device: str,
+    seed: int,
+    observer: Observer | None,
 ) -> dict[str, Local]:
     """One call (and its backward), on fresh leaves. The caller watches, and catches what it raises."""
     leaves = distribute(prepared, case, mesh, device)
@@ -205,7 +210,7 @@ def _cotangent_like(
 def _local(tensor: torch.Tensor) -> Local:
     if not isinstance(tensor, DTensor):
         return Local(tensor.detach().cpu(), tuple(tensor.shape), None)
-    local = compat.local_tensor(tensor.detach())
+    local = compat.local_tensor(tensor).detach()
     wait = getattr(local, "wait", None)  # an AsyncCollectiveTensor
     if wait is not None:
         local = wait()
@@ -214,7 +219,13 @@ def _local(tensor: torch.Tensor) -> Local:
 
 
 def run_case(
-    prepared: Prepared, case: Case, rank: int, mesh: DeviceMesh, device: str, seed: int, observer: Observer
+    prepared: Prepared,
+    case: Case,
+    rank: int,
+    mesh: DeviceMesh,
+    device: str,
+    seed: int,
+    observer: Observer,
 ) -> RankRecord:
     """Run the case twice: watched, and (if PyTorch took it) again without attncheck in the way."""
     record = RankRecord(rank)

@@ -12,7 +12,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed._functional_collectives import (
+    AsyncCollectiveTensor,
+)  # private name, 2.1 to 2.15
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+__all__ = [
+    "AsyncCollectiveTensor",
+    "group_size",
+    "local_tensor",
+    "placement_from_text",
+    "placement_text",
+    "quiet_exit",
+    "refusal",
+    "rendezvous_store",
+    "watch_alltoall",
+]
 
 # The wording is the same in 2.5 to 2.15.
 _NO_STRATEGY = re.compile(r"Operator (\S+) does not have a sharding strategy registered")
@@ -76,14 +91,16 @@ def group_size(group: Any) -> int:
     A name up to 2.12; 2.13 also passes the ProcessGroup itself.
     """
     if isinstance(group, str):
-        from torch.distributed.distributed_c10d import _resolve_process_group
+        import torch.distributed.distributed_c10d as c10d
 
-        group = _resolve_process_group(group)  # type: ignore[arg-type]
+        group = c10d._resolve_process_group(group)  # type: ignore[attr-defined,arg-type]
     return int(group.size())
 
 
 @contextlib.contextmanager
-def watch_alltoall(on_call: Callable[[torch.Tensor, int], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+def watch_alltoall(
+    on_call: Callable[[torch.Tensor, int], contextlib.AbstractContextManager[None]],
+) -> Iterator[None]:
     """Calls `on_call(local_tensor, group_size)` around DTensor's shard-to-shard all-to-all.
 
     On gloo PyTorch emulates it by all-gather and chunk, so the dispatcher never sees the collective that
@@ -98,26 +115,35 @@ def watch_alltoall(on_call: Callable[[torch.Tensor, int], contextlib.AbstractCon
         yield
         return
 
-    def watched(input: torch.Tensor, gather_dim: int, shard_dim: int, mesh: Any, mesh_dim: int) -> Any:
+    def watched(
+        input: torch.Tensor, gather_dim: int, shard_dim: int, mesh: Any, mesh_dim: int
+    ) -> Any:
         with on_call(input, mesh.size(mesh_dim)):
             return original(input, gather_dim, shard_dim, mesh, mesh_dim)
 
-    owners = [m for m in (utils, placement_types) if getattr(m, "shard_dim_alltoall", None) is original]
+    owners = [
+        m for m in (utils, placement_types) if getattr(m, "shard_dim_alltoall", None) is original
+    ]
     for owner in owners:
-        owner.shard_dim_alltoall = watched
+        setattr(owner, "shard_dim_alltoall", watched)
     try:
         yield
     finally:
         for owner in owners:
-            owner.shard_dim_alltoall = original
+            setattr(owner, "shard_dim_alltoall", original)
 
 
-def rendezvous_store() -> tuple[Any, int, int]:
-    """(store, rank, world size) of a torchrun worker; keys of each restart lie under their own prefix."""
+def rendezvous_store(attempt: str) -> tuple[Any, int, int]:
+    """(store, rank, world size) of a torchrun worker, with keys of its own for this `attempt`.
+
+    torchrun keeps one store over restarts, and 2.13 no longer puts a prefix per attempt in front of its
+    keys: gloo then reads the addresses of the dead processes and hangs, in about every second restart.
+    """
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, world = next(rendezvous("env://"))
-    return store, rank, world
+    prefixed = dist.PrefixStore(f"attncheck/{attempt}", store)  # type: ignore[attr-defined]
+    return prefixed, rank, world
 
 
 def quiet_exit(code: int) -> None:
@@ -128,7 +154,3 @@ def quiet_exit(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def is_distributed_initialized() -> bool:
-    return bool(dist.is_available() and dist.is_initialized())

@@ -29,7 +29,9 @@ def generator(seed: int, *names: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def whole_tensors(operator: str, setting: Setting, specs: tuple[Tensor, ...], seed: int) -> dict[str, torch.Tensor]:
+def whole_tensors(
+    operator: str, setting: Setting, specs: tuple[Tensor, ...], seed: int
+) -> dict[str, torch.Tensor]:
     """The whole, unsharded arguments in their own dtypes, on the CPU.
 
     Floating tensors that an operator takes in half precision are *rounded* values: the reference starts
@@ -50,7 +52,9 @@ def _fill(spec: Tensor, setting: Setting, position: int, random: torch.Generator
         return (values + _OFFSETS[position % len(_OFFSETS)]).to(dtype)
     if spec.fill == "bool_mask":
         keep = torch.rand(shape, generator=random) < 0.7
-        keep[..., 0] = True  # a row that masks everything is a setting of its own, never an accident
+        keep[..., 0] = (
+            True  # a row that masks everything is a setting of its own, never an accident
+        )
         return keep
     if spec.fill == "float_mask":
         return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
@@ -65,7 +69,9 @@ def _fill(spec: Tensor, setting: Setting, position: int, random: torch.Generator
     raise ValueError(f"{spec.name}: unknown fill {spec.fill!r}")
 
 
-def cotangent(operator: str, setting: Setting, shape: torch.Size, dtype: torch.dtype, seed: int) -> torch.Tensor:
+def cotangent(
+    operator: str, setting: Setting, shape: torch.Size, dtype: torch.dtype, seed: int
+) -> torch.Tensor:
     """The gradient that backward starts from: random, whole, the same on every rank."""
     random = generator(seed, operator, setting.name, "cotangent")
     return (torch.randn(shape, generator=random, dtype=torch.float64) + 0.1).to(dtype)

@@ -29,9 +29,7 @@ class Journal:
     def start(self, index: int) -> None:
         self._write({"event": "start", "index": index})
 
-    def end(
-        self, index: int, outcome: Outcome, seconds: Mapping[str, float] | None = None
-    ) -> None:
+    def end(self, index: int, outcome: Outcome, seconds: Mapping[str, float] | None = None) -> None:
         """`seconds`: where rank 0's time went on this case."""
         event = {"event": "end", "index": index, "outcome": to_json(outcome)}
         self._write({**event, "seconds": dict(seconds or {})})

@@ -82,9 +82,7 @@ def judge(
     exception = records[0].exception
     if exception:
         kind, text, op = exception
-        return replace(
-            base, status=Status.ERROR, exception_type=kind, message=text, kernel_op=op
-        )
+        return replace(base, status=Status.ERROR, exception_type=kind, message=text, kernel_op=op)
     return _judge_numbers(base, case, prepared, records, expected)
 
 
@@ -139,7 +137,9 @@ def _judge_dropout_case(
     out = results["out"]
     zeros = torch.zeros(out.shape, dtype=torch.float64)
     probe = judge_values({"out": out}, {"out": Expected(zeros, zeros)}, sizes, dtype)
-    verdict.facts += [f for f in probe.facts if f.code in ("local_shape", "plain_result", "replicas_differ")]
+    verdict.facts += [
+        f for f in probe.facts if f.code in ("local_shape", "plain_result", "replicas_differ")
+    ]
     whole = probe.wholes.get("out")
     if whole is None:
         return
@@ -197,7 +197,11 @@ def _divergence(records: Sequence[RankRecord]) -> str:
     if len(set(ends)) > 1:
         parts = []
         for record in records:
-            ended = f"{record.exception[0]}: {_line(record.exception[1])}" if record.exception else "finished"
+            ended = (
+                f"{record.exception[0]}: {_line(record.exception[1])}"
+                if record.exception
+                else "finished"
+            )
             parts.append(f"rank {record.rank} {ended}")
         return "ranks ended differently: " + "; ".join(parts)
     names = [_names(r) for r in records]
@@ -286,4 +290,3 @@ def _by_name(per_rank: Sequence[Mapping[str, Local]]) -> dict[str, RankResult]:
 
 def _output_placements(results: Mapping[str, Local]) -> dict[str, tuple[str, ...]]:
     return {name: local.placements or ("plain",) for name, local in results.items()}
-

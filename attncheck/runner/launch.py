@@ -47,7 +47,9 @@ def command(run: RunDir, ranks: int) -> list[str]:
     ]  # fmt: skip
 
 
-def run_workers(run: RunDir, config: RunConfig, on_progress: Callable[[journal.Progress], None]) -> None:
+def run_workers(
+    run: RunDir, config: RunConfig, on_progress: Callable[[journal.Progress], None]
+) -> None:
     """Run until every case has an outcome. Raises UserError (could not start or go on) or Interrupted."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **config.environment}
     # Names of this machine may not resolve on a laptop without a network; ranks are all local here.
@@ -60,6 +62,7 @@ def run_workers(run: RunDir, config: RunConfig, on_progress: Callable[[journal.P
         stdout=subprocess.DEVNULL,
         stderr=(run.path / "torchrun.log").open("wb"),
         start_new_session=True,  # Ctrl-C reaches attncheck alone, which then ends the workers in order
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
     with _ended_with(process):
         _watch(run, process, on_progress)
@@ -108,12 +111,22 @@ def _ended_with(process: subprocess.Popen[bytes]) -> Iterator[None]:
                 process.wait()
 
 
+def _end_with_parent() -> None:
+    """Even a SIGKILL of attncheck must not leave torchrun restarting workers for ever (Linux)."""
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 def _attempts(run: RunDir) -> int:
     """How often torchrun has started the workers: one log folder each."""
     return sum(1 for _ in run.logs.glob("*/attempt_*"))
 
 
-_NOISE = re.compile(r"^\s*$|^\s|Traceback|UserWarning|warnings\.warn|^W\d|^E\d|^I\d|OMP_NUM_THREADS|\*{5}")
+_NOISE = re.compile(
+    r"^\s*$|^\s|Traceback|UserWarning|warnings\.warn|^W\d|^E\d|^I\d|OMP_NUM_THREADS|\*{5}"
+)
 
 
 def _last_words(run: RunDir) -> str:

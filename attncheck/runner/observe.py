@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
@@ -148,6 +148,7 @@ class Observer:
         self.phase = "forward"
         self.state = state
         self.current_op = ""
+        self.last_collective = ""
         self.counting = True
 
     @contextlib.contextmanager
@@ -167,6 +168,7 @@ class Observer:
 
     def record_collective(self, name: str, local_bytes: int, ranks: int) -> None:
         self.state.collectives += 1
+        self.last_collective = name
         self.trace.sequence.append(f"{name}:{local_bytes}")
         if not self.counting:
             return
@@ -190,26 +192,26 @@ class Observer:
             yield
 
 
-class _Below(TorchDispatchMode):
+class _Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Under DTensor: sees the collectives on local tensors, and steps aside for DTensors."""
 
     def __init__(self, observer: Observer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.observer = observer
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if any(issubclass(t, DTensor) for t in types):
+        if any(issubclass(t, (DTensor, compat.AsyncCollectiveTensor)) for t in types):
             return NotImplemented
         return _call_local(self.observer, func, args, kwargs or {})
 
 
-class _Above(TorchDispatchMode):
+class _Above(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Over DTensor: records each kernel op, and carries on past the ones that DTensor refuses."""
 
     def __init__(self, observer: Observer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.observer = observer
 
     def __torch_dispatch__(
@@ -218,6 +220,8 @@ class _Above(TorchDispatchMode):
         kwargs = kwargs or {}
         observer = self.observer
         if not any(issubclass(t, DTensor) for t in types):
+            if any(issubclass(t, compat.AsyncCollectiveTensor) for t in types):
+                return NotImplemented  # its own handler waits for it, under both modes
             return _call_local(observer, func, args, kwargs)
         name = str(func)
         observer.enter(name)
@@ -250,7 +254,8 @@ def _call_local(observer: Observer, func: Any, args: Any, kwargs: Mapping[str, A
         tensors, group = _collective_operands(func, args, kwargs)
         local_bytes = sum(t.numel() * t.element_size() for t in tensors)
         observer.record_collective(name, local_bytes, compat.group_size(group))
-    observer.state.set("collective", f"{name or 'wait'} in {observer.current_op}")
+    # Collectives are asynchronous: ranks block where they wait, for what was issued last.
+    observer.state.set("collective", f"{name or observer.last_collective} in {observer.current_op}")
     try:
         return func(*args, **kwargs)
     finally:
@@ -288,7 +293,7 @@ def run_replicated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             return value
         if id(value) not in wholes:
             with torch.no_grad():
-                gathered = value.detach().redistribute(placements=everywhere)
+                gathered = cast("DTensor", value.detach()).redistribute(placements=everywhere)
                 wholes[id(value)] = compat.local_tensor(gathered).clone()
         return wholes[id(value)]
 
@@ -297,7 +302,9 @@ def run_replicated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     mutated = {
         id(wholes[id(named[a.name])]): named[a.name]
         for a in func._schema.arguments
-        if a.alias_info is not None and a.alias_info.is_write and isinstance(named.get(a.name), DTensor)
+        if a.alias_info is not None
+        and a.alias_info.is_write
+        and isinstance(named.get(a.name), DTensor)
     }
     for result_id, original in mutated.items():
         result = next(w for w in wholes.values() if id(w) == result_id)

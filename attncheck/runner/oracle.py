@@ -69,10 +69,16 @@ def error_stat(
     reference = expected.reference
     difference = (value - reference).abs()
     finite = bool(torch.isfinite(value).all())
-    own = float((expected.unsharded.to(torch.float64) - reference).abs().max()) if reference.numel() else 0.0
+    own = (
+        float((expected.unsharded.to(torch.float64) - reference).abs().max())
+        if reference.numel()
+        else 0.0
+    )
     scale = float(reference.abs().max()) if reference.numel() else 0.0
     bound = 2 * own + atol(dtype, max(scale, torch.finfo(dtype).tiny))
-    largest = float(difference.max()) if finite and difference.numel() else (0.0 if finite else math.inf)
+    largest = (
+        float(difference.max()) if finite and difference.numel() else (0.0 if finite else math.inf)
+    )
     return ErrorStat(
         max=largest,
         mean=float(difference.mean()) if finite and difference.numel() else largest,
@@ -125,7 +131,9 @@ def judge_values(
         stat = error_stat(assembly.whole, want, dtype)
         verdict.errors[name] = stat
         if assembly.replica_gap > 0:
-            detail = f"ranks that should hold the same values differ by up to {assembly.replica_gap:.3g}"
+            detail = (
+                f"ranks that should hold the same values differ by up to {assembly.replica_gap:.3g}"
+            )
             verdict.facts.append(Fact("replicas_differ", name, detail))
         rms = float(want.reference.square().mean().sqrt()) if want.reference.numel() else 0.0
         state = classify(stat, rms)
@@ -164,7 +172,9 @@ def judge_dropout(
         for a in range(len(patterns)):
             for b in range(a + 1, len(patterns)):
                 if patterns[a].shape == patterns[b].shape and torch.equal(patterns[a], patterns[b]):
-                    detail = f"ranks {a} and {b} dropped exactly the same elements of different shards"
+                    detail = (
+                        f"ranks {a} and {b} dropped exactly the same elements of different shards"
+                    )
                     return [*facts, Fact("dropout_shared", "out", detail)]
     return facts
 

@@ -67,7 +67,9 @@ def _stuck_outcome(stuck: dict[str, Any], config: RunConfig) -> Outcome:
         status, text = Status.DIVERGED, f"ranks wait in different collectives: {where}"
     else:
         status, text = Status.HANG, f"no answer within {seconds:g} s: {where}"
-    return Outcome(status, text, kernel_op=_op_name(_first_op(ranks)), ranks=ranks, seed=config.seed)
+    return Outcome(
+        status, text, kernel_op=_op_name(_first_op(ranks)), ranks=ranks, seed=config.seed
+    )
 
 
 def _op_name(last: str) -> str:

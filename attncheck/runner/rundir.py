@@ -1,17 +1,18 @@
 """The folder of one scan: what the parent tells the workers, and what they leave behind. Torch-free.
 
-    run.json        what to run it with (RunConfig)
-    cases.jsonl     the planned cases, one a line
-    journal.jsonl   starts and outcomes
-    rank0.state     what a rank is doing, one line, overwritten in place
-    *.fault         faulthandler's last words of a rank that died
-    stuck.json      who gave up waiting, and why
-    logs/           the workers' stdout and stderr, as torchrun keeps them
+run.json        what to run it with (RunConfig)
+cases.jsonl     the planned cases, one a line
+journal.jsonl   starts and outcomes
+rank0.state     what a rank is doing, one line, overwritten in place
+*.fault         faulthandler's last words of a rank that died
+stuck.json      who gave up waiting, and why
+logs/           the workers' stdout and stderr, as torchrun keeps them
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,10 +40,7 @@ class RunConfig:
 
     @property
     def ranks(self) -> int:
-        total = 1
-        for size in self.mesh.values():
-            total *= size
-        return total
+        return math.prod(self.mesh.values())
 
 
 class RunDir:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import secrets
 import shutil
@@ -54,10 +55,12 @@ Progress = Callable[[int, int, Case | None], None]
 def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     """Run a new scan. Raises UserError, or launch.Interrupted after a Ctrl-C (the journal is kept)."""
     began = time.time()
-    rules.expand([*request.select_rules, *request.ignore_rules])  # a typo must not cost a whole scan
+    rules.expand(
+        [*request.select_rules, *request.ignore_rules]
+    )  # a typo must not cost a whole scan
     shelf = plugins.load_probes([Path(p) for p in request.probe_files])
-    for path, sentence in shelf.errors:
-        log(f"{path}: {sentence}")
+    for _, sentence in shelf.errors:
+        log(sentence)
     cases = plan(shelf.probes, request.mesh, request.selection)
     path: list[str] = []
     provisioned = time.time()
@@ -65,9 +68,7 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
         path.append(str(provision.ensure(provision.parse(requirement), log=log)))
     phases = {"provision": round(time.time() - provisioned, 2)}
     timeout = request.case_timeout or CASE_TIMEOUT[request.selection.level]
-    ranks = 1
-    for size in request.mesh.values():
-        ranks *= size
+    ranks = math.prod(request.mesh.values())
     config = RunConfig(
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
         mesh=dict(request.mesh),
@@ -81,7 +82,7 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
             "phases": phases,
             "level": request.selection.level,
             "command": request.command,
-            "probe_errors": [f"{p}: {s}" for p, s in shelf.errors],
+            "probe_errors": [sentence for _, sentence in shelf.errors],
             "select": list(request.select_rules),
             "ignore": list(request.ignore_rules),
         },
@@ -105,13 +106,17 @@ def resume(folder: Path | None, log: Log, on_progress: Progress) -> Report:
     try:
         config, cases = run.config(), run.cases()
     except OSError:
-        raise UserError(f"{run.path} is no run folder: run.json or cases.jsonl is missing.") from None
+        raise UserError(
+            f"{run.path} is no run folder: run.json or cases.jsonl is missing."
+        ) from None
     finished = len(journal.read(run.journal).outcomes)
     log(f"going on with {run.path}: {finished} of {len(cases)} cases are done")
     return _run(run, config, cases, log, on_progress)
 
 
-def _run(run: RunDir, config: RunConfig, cases: Sequence[Case], log: Log, on_progress: Progress) -> Report:
+def _run(
+    run: RunDir, config: RunConfig, cases: Sequence[Case], log: Log, on_progress: Progress
+) -> Report:
     launched = time.time()
     # Fault files of this launch must be told from those of an earlier one that a restart has to read.
     config = replace(config, launch=f"{int(launched * 1000):x}-{os.getpid()}")
@@ -200,7 +205,9 @@ def _not_run() -> Outcome:
 
 
 def _runs_folder() -> Path:
-    return Path(os.environ.get("ATTNCHECK_CACHE") or platformdirs.user_cache_dir("attncheck")) / "runs"
+    return (
+        Path(os.environ.get("ATTNCHECK_CACHE") or platformdirs.user_cache_dir("attncheck")) / "runs"
+    )
 
 
 def _new_run_folder() -> Path:

@@ -35,7 +35,9 @@ class Deadline:
 
 
 class Watchdog(threading.Thread):
-    def __init__(self, run: RunDir, rank: int, ranks: int, state: StateFile, timeout: float) -> None:
+    def __init__(
+        self, run: RunDir, rank: int, ranks: int, state: StateFile, timeout: float
+    ) -> None:
         super().__init__(name="attncheck-watchdog", daemon=True)
         self.run_dir = run
         self.rank = rank

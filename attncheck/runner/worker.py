@@ -35,11 +35,14 @@ from attncheck.runner.oracle import Expected
 from attncheck.runner.rundir import RunConfig, RunDir
 from attncheck.runner.watchdog import EXIT_STUCK, Watchdog
 
+# A rank that is not up by then never will be; torchrun tries again, and the parent counts.
+START_SECONDS = 120.0
+
 
 def work(run: RunDir, config: RunConfig, rank: int) -> None:
     """Run every case that the journal does not have yet. Never returns: leaves with an exit code."""
     attempt = f"{config.launch}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store, rank, ranks = compat.rendezvous_store()
+    store, rank, ranks = compat.rendezvous_store(attempt)
     # Rank 0 reads what the last attempt left behind before anybody overwrites it.
     if rank == 0:
         log = journal.Journal(run.journal)
@@ -50,6 +53,7 @@ def work(run: RunDir, config: RunConfig, rank: int) -> None:
         store.wait(["recovered"], datetime.timedelta(seconds=600))
     with run.fault(rank, attempt).open("w", encoding="utf-8") as fault_file:
         faulthandler.enable(fault_file)
+        faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=fault_file)
         worker = Worker(run, config, rank, ranks, store, fault_file)
         worker.loop()
     compat.quiet_exit(0)
@@ -65,7 +69,13 @@ class Worker:
     """State of one rank: group, mesh, what was prepared, and the journal (rank 0)."""
 
     def __init__(
-        self, run: RunDir, config: RunConfig, rank: int, ranks: int, store: Any, fault_file: io.TextIOWrapper
+        self,
+        run: RunDir,
+        config: RunConfig,
+        rank: int,
+        ranks: int,
+        store: Any,
+        fault_file: io.TextIOWrapper,
     ) -> None:
         self.config = config
         self.rank = rank
@@ -89,7 +99,9 @@ class Worker:
         torch.set_num_threads(1)
         _init_group(config, store, rank, ranks)
         names = tuple(config.mesh)
-        self.mesh = init_device_mesh(config.device, tuple(config.mesh.values()), mesh_dim_names=names)
+        self.mesh = init_device_mesh(
+            config.device, tuple(config.mesh.values()), mesh_dim_names=names
+        )
         self.watchdog = Watchdog(run, rank, ranks, self.state, config.case_timeout)
         self.watchdog.start()
 
@@ -136,7 +148,13 @@ class Worker:
             prepared = self._prepare(case)
             prepared_at = time.perf_counter()
             record = cases.run_case(
-                prepared, case, self.rank, self.mesh, self.config.device, self.config.seed, self.observer
+                prepared,
+                case,
+                self.rank,
+                self.mesh,
+                self.config.device,
+                self.config.seed,
+                self.observer,
             )
             record.seconds = {
                 "prepare": prepared_at - began,
@@ -155,7 +173,9 @@ class Worker:
         if again == b"restart":
             compat.quiet_exit(EXIT_STUCK)
 
-    def _finish(self, index: int, case: Case, prepared: Prepared | None, record: RankRecord) -> bytes:
+    def _finish(
+        self, index: int, case: Case, prepared: Prepared | None, record: RankRecord
+    ) -> bytes:
         """Rank 0: gather, judge, journal, decide."""
         assert self.journal is not None
         began = time.perf_counter()

@@ -301,7 +301,9 @@ def call(name: str) -> Callable[[Setting, Tensors], Any]:
 
 def _import_broken_extension() -> None:
     folder = tempfile.mkdtemp()
-    (Path(folder) / "planted_extension.so").write_bytes(b"\x7fELF this was built for another machine")
+    (Path(folder) / "planted_extension.so").write_bytes(
+        b"\x7fELF this was built for another machine"
+    )
     sys.path.insert(0, folder)
     import planted_extension  # type: ignore[import-not-found]  # noqa: F401
 
@@ -341,11 +343,19 @@ def operator(name: str) -> Operator:
         call=call(name),
         reference=reference(name),
         settings=(
-            Setting(setting.name, setting.sizes, level="quick", placements=patterns, dropout=setting.dropout),
+            Setting(
+                setting.name,
+                setting.sizes,
+                level="quick",
+                placements=patterns,
+                dropout=setting.dropout,
+            ),
         ),
         kernel_ops=(f"planted.{name}.default", f"planted.{name}_backward.default"),
         packages=NEEDS.get(name, ()),
     )
 
 
-PROBE = Probe("planted", "planted bugs and their healthy twins", tuple(operator(n) for n in EXPECTED))
+PROBE = Probe(
+    "planted", "planted bugs and their healthy twins", tuple(operator(n) for n in EXPECTED)
+)

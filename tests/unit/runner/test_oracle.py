@@ -71,9 +71,7 @@ def test_not_finite_is_wrong_and_named() -> None:
 
 
 def test_a_gradient_that_never_came_is_a_fact() -> None:
-    verdict = judge_values(
-        {}, {"grad.q": Expected(reference(), reference())}, (2,), torch.float32
-    )
+    verdict = judge_values({}, {"grad.q": Expected(reference(), reference())}, (2,), torch.float32)
     assert [f.code for f in verdict.facts] == ["gradient_missing"]
 
 
