@@ -88,7 +88,8 @@ class Case:
 
     `placement` is the layout-independent pattern (`heads`; one name per mesh axis, joined by `,`);
     `placements` is what it means for each tensor, written as PyTorch prints it (`S(1)`, `R`, `P(sum)`),
-    one entry per mesh axis; `["plain"]` for an argument passed as an ordinary tensor.
+    one entry per mesh axis; `["plain"]` for an argument passed as an ordinary tensor. `function` is the
+    import path of what the operator calls, where `operator` is a shorthand.
     """
 
     id: str
@@ -100,6 +101,7 @@ class Case:
     placement: str
     placements: Mapping[str, tuple[str, ...]]
     direction: str
+    function: str = ""
 
     @property
     def setting_name(self) -> str:

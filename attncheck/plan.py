@@ -167,6 +167,7 @@ def _cases(
                     placement=name,
                     placements=placements,
                     direction=direction,
+                    function=operator.function,
                 ),
                 risk,
             )

@@ -240,16 +240,18 @@ class View:
 def build(report: Report) -> View:
     """Everything that a format needs of a report, for any report that `load_report` accepts."""
     report = _clean_tree(report)
-    placements = _placements(report.cases)
-    rows = _rows(report.cases, placements, with_setting=True)
-    works = tuple(_works(report.cases, placement) for placement in placements)
+    # A probe file that did not load has no operators or placements to lay out; it is in `not_run`.
+    planned = [r for r in report.cases if r.outcome.reason is not Reason.PROBE_NOT_LOADABLE]
+    placements = _placements(planned)
+    rows = _rows(planned, placements, with_setting=True)
+    works = tuple(_works(planned, placement) for placement in placements)
     groups = _groups(report)
     statuses = {result.outcome.status for result in report.cases}
     return View(
         headline=_headline(report, works),
         placements=placements,
         rows=rows,
-        compact=_rows(report.cases, placements, with_setting=False),
+        compact=_rows(planned, placements, with_setting=False),
         legend=tuple(status for status in Status if status in statuses),
         works=works,
         groups=groups,

@@ -40,7 +40,7 @@ NAME_WIDTH = 24  # of a column
 CODE_LINES, CODE_WIDTH = 20, 400  # of a remedy's code, without -v
 DETAIL_LINES, DETAIL_WIDTH = 3, 320  # of a finding's message, without -v
 # Findings shown in full without -v; characters of their first remedy, and of how many others.
-FULL, REMEDY_WIDTH, OTHERS, OTHER_WIDTH = 6, 240, 2, 150
+FULL, REMEDY_WIDTH, OTHERS, OTHER_WIDTH = 12, 240, 2, 150
 # What of the environment is shown without -v.
 BRIEF = ("attncheck", "packages", "python", "device", "mesh", "seed", "hash seeds", "stand-ins")
 CASES, CASES_VERBOSE = 1, 50

@@ -368,10 +368,12 @@ def local_map(group: Group, results: Sequence[CaseResult]) -> list[Remedy]:
     return []
 
 
-def _of_interest(result: CaseResult) -> tuple[bool, bool, str]:
-    """Tensor parallelism first, replication last."""
-    patterns = result.case.placement.split(",")
-    return (HEADS not in patterns, _is_replicate(result.case.placement), result.case.id)
+def _of_interest(result: CaseResult) -> tuple[bool, bool, int, str]:
+    """Tensor parallelism first, replication last; the setting with the fewest tensors and options."""
+    case = result.case
+    patterns = case.placement.split(",")
+    plainness = len(case.placements) + len(case.setting)
+    return (HEADS not in patterns, _is_replicate(case.placement), plainness, case.id)
 
 
 @dataclass(frozen=True)
@@ -435,10 +437,8 @@ def _target_from(result: CaseResult) -> _Target | None:
 
 
 def _local_map_remedy(case: Case, target: _Target) -> Remedy:
-    base = case.operator.partition("[")[0]
-    function = (
-        base if all(part.isidentifier() for part in base.split(".")) else "attention_function"
-    )
+    name = (case.function or case.operator.partition("[")[0]).rpartition(".")[2]
+    function = name if name.isidentifier() else "attention_function"
     placements = "".join(f"        {text},  # {name}\n" for name, text in target.inputs.items())
     body = (
         "attention = local_map(\n"

@@ -75,7 +75,7 @@ def judge(
     )
     diverged = _divergence(records)
     if diverged:
-        return replace(base, status=Status.DIVERGED, message=diverged, kernel_op=_last_op(records))
+        return replace(base, status=Status.DIVERGED, message=diverged, kernel_op=_parting_op(records))
     if base.missing_ops:
         base = replace(base, outputs=_output_placements(records[0].results))
         return _refused(base, records)
@@ -269,7 +269,11 @@ def _collectives(records: Sequence[RankRecord]) -> tuple[Collective, ...]:
     return tuple(largest.values())
 
 
-def _last_op(records: Sequence[RankRecord]) -> str:
+def _parting_op(records: Sequence[RankRecord]) -> str:
+    """The first kernel op that ranks saw with other placements; else where a rank raised, or ended."""
+    for together in zip(*(r.trace.ops for r in records), strict=False):
+        if len(set(together)) > 1:
+            return str(together[0][0])
     return next((r.trace.last_op for r in records if r.exception), records[0].trace.last_op)
 
 

@@ -52,12 +52,20 @@ Log = Callable[[str], None]
 Progress = Callable[[int, int, Case | None], None]
 
 
+def _check_request(request: ScanRequest) -> None:
+    """What can be known to be wrong before anything is run: a typo must not cost a whole scan."""
+    rules.expand([*request.select_rules, *request.ignore_rules])
+    for file in request.probe_files:
+        if not Path(file).exists():
+            raise UserError(f"Probe file {file} does not exist.")
+    if request.device == "cuda" and environment.gpu() == "none":
+        raise UserError("--device cuda: this machine has no NVIDIA driver; use --device cpu.")
+
+
 def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     """Run a new scan. Raises UserError, or launch.Interrupted after a Ctrl-C (the journal is kept)."""
     began = time.time()
-    rules.expand(
-        [*request.select_rules, *request.ignore_rules]
-    )  # a typo must not cost a whole scan
+    _check_request(request)
     shelf = plugins.load_probes([Path(p) for p in request.probe_files])
     for _, sentence in shelf.errors:
         log(sentence)
@@ -135,11 +143,14 @@ def _run(
     progress = journal.read(run.journal)
     ended = time.time()
     judged = time.perf_counter()
-    results = tuple(
-        CaseResult(case, progress.outcomes.get(index) or _not_run())
-        for index, case in enumerate(cases)
-    )
     notes = config.notes
+    results = (
+        *(
+            CaseResult(case, progress.outcomes.get(index) or _not_run())
+            for index, case in enumerate(cases)
+        ),
+        *(_unloadable(config, sentence) for sentence in notes.get("probe_errors", ())),
+    )
     findings = rules.judge(results, select=notes.get("select", ()), ignore=notes.get("ignore", ()))
     phases = dict(notes.get("phases", {}))
     phases |= _phases(progress, results, launched, ended)
@@ -202,6 +213,25 @@ def _phases(
 
 def _not_run() -> Outcome:
     return Outcome(Status.UNAVAILABLE, "the scan ended before this case", reason=Reason.NOT_RUN)
+
+
+def _unloadable(config: RunConfig, sentence: str) -> CaseResult:
+    """The entry of a probe file that did not load: nothing is silently left out."""
+    name = Path(sentence.removeprefix("Probe file ").split(" ", 1)[0]).stem
+    case = Case(
+        id=f"{name}/-/-/dtensor/-/-/-",
+        probe=name,
+        operator=name,
+        route="dtensor",
+        setting={"name": "-"},
+        mesh=dict(config.mesh),
+        placement="-",
+        placements={},
+        direction="-",
+    )
+    return CaseResult(
+        case, Outcome(Status.UNAVAILABLE, sentence, reason=Reason.PROBE_NOT_LOADABLE)
+    )
 
 
 def _runs_folder() -> Path:
