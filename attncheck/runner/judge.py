@@ -226,8 +226,8 @@ def _ending(record: RankRecord) -> tuple[str, str]:
 
 
 def _names(record: RankRecord) -> list[str]:
-    # Byte counts follow local shapes, which differ between ranks when shards are uneven.
-    return [entry.partition(":")[0] for entry in record.trace.sequence]
+    # With sizes: DTensor pads uneven shards, so ranks in step send equally much.
+    return [entry.replace(":", " of ") + " B" for entry in record.trace.sequence]
 
 
 def _line(text: str) -> str:

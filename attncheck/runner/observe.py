@@ -144,11 +144,12 @@ def read_state(path: Path) -> RankDoing:
 
 
 class Observer:
-    """Runs calls under both modes and fills a `Trace`. `phase` is set by the caller."""
+    """Runs calls under both modes and fills a `Trace`. The caller sets `phase`: `setup`, where ops are
+    not recorded, then `forward` and `backward`."""
 
     def __init__(self, state: StateFile) -> None:
         self.trace = Trace()
-        self.phase = "forward"
+        self.phase = "setup"
         self.state = state
         self.current_op = ""
         self.last_collective = ""
@@ -157,6 +158,7 @@ class Observer:
     @contextlib.contextmanager
     def watch(self) -> Iterator[Trace]:
         self.trace = Trace()
+        self.phase = "setup"
         with compat.watch_alltoall(self._alltoall), _Below(self), _Above(self):
             yield self.trace
 
@@ -166,6 +168,8 @@ class Observer:
         self.state.set("op", op)
 
     def record_op(self, op: str, inputs: Any, outputs: Any) -> None:
+        if self.phase == "setup":
+            return  # attncheck's own making of the arguments
         key = (op, self.phase, _placements(inputs), _placements(outputs))
         self.trace.ops[key] = self.trace.ops.get(key, 0) + 1
 

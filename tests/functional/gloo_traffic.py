@@ -56,6 +56,7 @@ def main(folder: str) -> None:
         dist.barrier()
         start = bytes_sent()
         with observer.watch() as trace:
+            observer.phase = "forward"
             tensor.redistribute(placements=[after]).to_local().sum().item()
         sent = bytes_sent() - start
         seen = trace.communication()
