@@ -20,6 +20,10 @@ from typing import Any
 from attncheck.model import Outcome, from_json, to_json
 
 
+# The note that the run was stopped from outside: the case it was at did not die, and is run again.
+INTERRUPTED = "interrupted"
+
+
 class Journal:
     """Appends events; every one is on disk when `write` returns."""
 
@@ -88,4 +92,6 @@ def read(path: Path) -> Progress:
                 seconds[phase] = seconds.get(phase, 0.0) + value
         elif event["event"] == "note":
             notes.append(event)
+            if event["key"] == INTERRUPTED:
+                open_case = None
     return Progress(outcomes, open_case, tuple(notes), seconds, first_end)

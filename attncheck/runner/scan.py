@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from attncheck import environment, plugins, provision, rules
 from attncheck.errors import UserError
 from attncheck.model import Case, CaseResult, Outcome, Reason, Report, Status
@@ -134,7 +132,10 @@ def _run(
         running = cases[progress.open_case] if progress.open_case is not None else None
         on_progress(len(progress.outcomes), len(cases), running)
 
-    if len(journal.read(run.journal).outcomes) < len(cases):
+    before = journal.read(run.journal)
+    if before.open_case is not None:
+        journal.Journal(run.journal).note(journal.INTERRUPTED)
+    if len(before.outcomes) < len(cases):
         try:
             launch.run_workers(run, config, progressed)
         except launch.Interrupted:
@@ -235,9 +236,7 @@ def _unloadable(config: RunConfig, sentence: str) -> CaseResult:
 
 
 def _runs_folder() -> Path:
-    return (
-        Path(os.environ.get("ATTNCHECK_CACHE") or platformdirs.user_cache_dir("attncheck")) / "runs"
-    )
+    return provision.cache_root() / "runs"
 
 
 def _new_run_folder() -> Path:
