@@ -485,7 +485,18 @@ def _headline(report: Report, works: Sequence[Works]) -> tuple[str, ...]:
         return ("No case was planned: nothing was checked.",)
     if not any(result.outcome.status.ran for result in report.cases):
         return (_nothing_ran(report.cases),)
-    return (*_problems(report.cases), *_what_works(report.cases, works))
+    return (*_problems(report.cases), *_what_works(report.cases, works), *_way_out(report))
+
+
+def _way_out(report: Report) -> tuple[str, ...]:
+    """Where the next step stands, for whoever stops reading here."""
+    mended = sum(1 for f in report.findings if f.severity is Severity.ERROR and f.remedies)
+    if not mended:
+        return ()
+    return (
+        f"The way out of {count(mended, 'error')} stands below under Findings, at `do`: code to paste, and "
+        "whether this scan saw it work.",
+    )
 
 
 def _nothing_ran(results: Sequence[CaseResult]) -> str:
@@ -512,12 +523,16 @@ def _missing_ops(outcome: Outcome) -> tuple[MissingOp, ...]:
     return named
 
 
+# "Which ones?" is the question of somebody whose job just died: the list is cut only where it is absurd.
+EVERY = 20
+
+
 def _missing(results: Sequence[CaseResult]) -> str:
     ops = missing_kernel_ops(results)
     if not ops:
         return ""
     verb = "kernel op has" if len(ops) == 1 else "kernel ops have"
-    return f"{len(ops)} {verb} no sharding strategy: {listing(ops)}."
+    return f"{len(ops)} {verb} no sharding strategy: {listing(ops, EVERY)}."
 
 
 # What else is said of the cases in any of these statuses, most alarming first.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -361,19 +362,23 @@ def local_map(group: Group, results: Sequence[CaseResult]) -> list[Remedy]:
         for r in results
     ):
         return []  # other_operators has it, with evidence
+    # The operator that is hit most often, then its plainest tensor-parallel case.
+    often = Counter(r.case.operator for r in group.results)
+    ordered = sorted(group.results, key=lambda r: (-often[r.case.operator], *_of_interest(r)))
     for pick in (_own_target, _heads_target, _replicated_target):
-        for result in sorted(group.results, key=_of_interest):
+        for result in ordered:
             if target := pick(result, results):
                 return [_local_map_remedy(result.case, target)]
     return []
 
 
-def _of_interest(result: CaseResult) -> tuple[bool, bool, int, str]:
-    """Tensor parallelism first, replication last; the setting with the fewest tensors and options."""
+def _of_interest(result: CaseResult) -> tuple[bool, bool, bool, int, str]:
+    """Tensor parallelism first, replication last; the plainest setting."""
     case = result.case
     patterns = case.placement.split(",")
-    plainness = len(case.placements) + len(case.setting)
-    return (HEADS not in patterns, _is_replicate(case.placement), plainness, case.id)
+    extras = len(case.placements) + len(case.setting)
+    plain = case.setting_name == "plain"
+    return (HEADS not in patterns, _is_replicate(case.placement), not plain, extras, case.id)
 
 
 @dataclass(frozen=True)

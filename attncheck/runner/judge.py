@@ -75,7 +75,9 @@ def judge(
     )
     diverged = _divergence(records)
     if diverged:
-        return replace(base, status=Status.DIVERGED, message=diverged, kernel_op=_parting_op(records))
+        return replace(
+            base, status=Status.DIVERGED, message=diverged, kernel_op=_parting_op(records)
+        )
     if base.missing_ops:
         base = replace(base, outputs=_output_placements(records[0].results))
         return _refused(base, records)

@@ -48,7 +48,7 @@ def command(run: RunDir, ranks: int) -> list[str]:
 
 
 def run_workers(
-    run: RunDir, config: RunConfig, on_progress: Callable[[journal.Progress], None]
+    run: RunDir, config: RunConfig, on_progress: Callable[[journal.Tail], None]
 ) -> None:
     """Run until every case has an outcome. Raises UserError (could not start or go on) or Interrupted."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **config.environment}
@@ -69,18 +69,16 @@ def run_workers(
 
 
 def _watch(
-    run: RunDir, process: subprocess.Popen[bytes], on_progress: Callable[[journal.Progress], None]
+    run: RunDir, process: subprocess.Popen[bytes], on_progress: Callable[[journal.Tail], None]
 ) -> None:
-    done_before, attempts_before, size_before = -1, 0, -1
+    tail = journal.Tail(run.journal)
+    done_before, attempts_before = -1, 0
     while True:
         code = process.poll()
-        size = run.journal.stat().st_size if run.journal.exists() else 0
-        if size != size_before:
-            size_before = size
-            progress = journal.read(run.journal)
-            on_progress(progress)
-            if len(progress.outcomes) != done_before:
-                done_before, attempts_before = len(progress.outcomes), _attempts(run)
+        if tail.update():
+            on_progress(tail)
+            if len(tail.ended) != done_before:
+                done_before, attempts_before = len(tail.ended), _attempts(run)
         if code == 0:
             return
         if code is not None or _attempts(run) - attempts_before > FRUITLESS_ATTEMPTS:

@@ -128,9 +128,9 @@ def _run(
     config = replace(config, launch=f"{int(launched * 1000):x}-{os.getpid()}")
     run.write_config(config)
 
-    def progressed(progress: journal.Progress) -> None:
-        running = cases[progress.open_case] if progress.open_case is not None else None
-        on_progress(len(progress.outcomes), len(cases), running)
+    def progressed(tail: journal.Tail) -> None:
+        running = cases[tail.open_case] if tail.open_case is not None else None
+        on_progress(len(tail.ended), len(cases), running)
 
     before = journal.read(run.journal)
     if before.open_case is not None:
@@ -230,9 +230,7 @@ def _unloadable(config: RunConfig, sentence: str) -> CaseResult:
         placements={},
         direction="-",
     )
-    return CaseResult(
-        case, Outcome(Status.UNAVAILABLE, sentence, reason=Reason.PROBE_NOT_LOADABLE)
-    )
+    return CaseResult(case, Outcome(Status.UNAVAILABLE, sentence, reason=Reason.PROBE_NOT_LOADABLE))
 
 
 def _runs_folder() -> Path:

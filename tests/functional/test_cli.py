@@ -137,7 +137,14 @@ def test_list_names_every_shelf(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("small")
-    outputs = ["--output", "json:report.json", "--output", "markdown:report.md", "--output", "table"]
+    outputs = [
+        "--output",
+        "json:report.json",
+        "--output",
+        "markdown:report.md",
+        "--output",
+        "table",
+    ]
     return folder, attncheck("scan", *SMALL, *outputs, cwd=folder)
 
 
@@ -165,7 +172,7 @@ def test_report_is_valid_and_complete(small: tuple[Path, Any]) -> None:
 
 
 def test_streams(small: tuple[Path, Any]) -> None:
-    folder, done = small
+    _, done = small
     assert "fallback.matmul" in done.stdout
     assert "wrote report.json" in done.stderr
     assert "\x1b" not in done.stdout  # no terminal, no colour
@@ -185,7 +192,10 @@ def test_fail_on_warning(small: tuple[Path, Any]) -> None:
     folder, _ = small
     arguments = ["scan", *SMALL, "--placement", "sequence", "--direction", "forward"]
     assert attncheck(*arguments, "--fail-on", "warning", cwd=folder).returncode == 1
-    assert attncheck(*arguments, "--fail-on", "warning", "--ignore", "ATN3", cwd=folder).returncode == 0
+    assert (
+        attncheck(*arguments, "--fail-on", "warning", "--ignore", "ATN3", cwd=folder).returncode
+        == 0
+    )
 
 
 def test_nothing_that_could_run_is_inconclusive(tmp_path: Path) -> None:
@@ -199,7 +209,16 @@ def test_nothing_that_could_run_is_inconclusive(tmp_path: Path) -> None:
 
 def test_a_probe_that_does_not_load_costs_nobody_else(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import surely_not_installed\n")
-    arguments = ["scan", *SMALL, "--placement", "heads", "--probe", "broken.py", "-o", "json:r.json"]
+    arguments = [
+        "scan",
+        *SMALL,
+        "--placement",
+        "heads",
+        "--probe",
+        "broken.py",
+        "-o",
+        "json:r.json",
+    ]
     done = attncheck(*arguments, cwd=tmp_path)
     assert done.returncode == 1
     document = json.loads((tmp_path / "r.json").read_text())
@@ -282,13 +301,25 @@ def test_a_used_run_folder_is_not_written_over(tmp_path: Path) -> None:
 
 def test_wheel_holds_both_shelves_and_no_top_level_names(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "-w",
+            str(tmp_path),
+            str(ROOT),
+        ],
         check=True,
         capture_output=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"attncheck/probes/sdpa.py", "attncheck/reports/table.py", "attncheck/py.typed"} <= set(names)
+    assert {"attncheck/probes/sdpa.py", "attncheck/reports/table.py", "attncheck/py.typed"} <= set(
+        names
+    )
     assert "attncheck/schema/report.schema.json" in names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"attncheck"}

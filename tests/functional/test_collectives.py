@@ -42,9 +42,7 @@ def traffic(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_counted_bytes_are_what_gloo_sent(traffic: Any, name: str, emulation: Any) -> None:
     ranks, found = traffic
     assert found[name]["collectives"] == [[name, 1]]
-    assert found[name]["sent"] == pytest.approx(
-        found[name]["counted"] * emulation(ranks), rel=0.02
-    )
+    assert found[name]["sent"] == pytest.approx(found[name]["counted"] * emulation(ranks), rel=0.02)
 
 
 def test_no_collective_no_bytes(traffic: Any) -> None:

@@ -1,0 +1,105 @@
+"""The README is run: every command it shows, with the arguments it shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+LINES = [line for block in blocks("shell") for line in block.splitlines() if line.strip()]
+INSTALLS = [line for line in LINES if line.startswith("python3 -m venv")]
+COMMANDS = [line for line in LINES if line.startswith("attncheck ")]
+MAIN_JOB = INSTALLS[0].rpartition(".venv/bin/")[2]
+
+# Exit 1 is a finding: the README shows scans that have some.
+EXITS = {"scan": {0, 1}}
+
+
+def run(line: str, folder: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    arguments = [*shlex.split(line)[1:], *extra]
+    return subprocess.run(
+        [sys.executable, "-m", "attncheck", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+
+
+def test_the_two_commands_are_single_lines_and_ci_runs_the_second() -> None:
+    assert len(INSTALLS) == 2
+    assert MAIN_JOB == "attncheck scan --with flash-attn"
+    steps = (ROOT / ".ci" / "run").read_text()
+    for step in INSTALLS[1].split(" && ")[1:]:
+        words = step.replace("pip install", "pip install --quiet --disable-pip-version-check")
+        assert words in steps
+
+
+def test_main_job(tmp_path: Path) -> None:
+    """The first command's arguments, narrowed to flash-attn: the whole default scan takes minutes."""
+    narrowed = ["--operator", "flash_attn_func", "--level", "quick", "--output", "json:r.json"]
+    done = run(MAIN_JOB, tmp_path, *narrowed)
+    assert done.returncode == 1, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["summary"] == {"missing_strategy": 12}
+    assert report["environment"]["standins"]
+    assert {f["kernel_op"] for f in report["findings"]} == {
+        "flash_attn._flash_attn_forward.default",
+        "flash_attn._flash_attn_backward.default",
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command(line: str, folder: Path) -> None:
+    """In the order of the README: `report` reads what the scan before it wrote."""
+    done = run(line, folder)
+    assert done.returncode in EXITS.get(line.split()[1], {0}), done.stderr
+    assert done.stdout or "wrote" in done.stderr
+
+
+def test_own_probe(folder: Path) -> None:
+    (probe,) = blocks("python")
+    (folder / "my_kernel.py").write_text(probe)
+    line = "attncheck scan --probe my_kernel.py --operator my_attention --placement replicate"
+    done = run(line, folder, "--direction", "forward", "--output", "json:mine.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "mine.json").read_text())["summary"] == {"supported": 1}
+
+
+def test_configuration(folder: Path) -> None:
+    from attncheck import config
+
+    (table,) = blocks("toml")
+    (folder / "pyproject.toml").write_text(table)
+    assert config.parse(folder / "pyproject.toml")["level"] == "quick"
+    (folder / "pyproject.toml").unlink()
+
+
+def test_counts_are_true() -> None:
+    from attncheck import plugins
+    from attncheck.plan import Selection, plan
+
+    probes = plugins.load_probes([]).probes
+    for level in ("quick", "default"):
+        cases = len(plan(probes, {"tp": 2}, Selection(level=level)))
+        assert re.search(rf"{level}`( has)? {cases}\b", README)
