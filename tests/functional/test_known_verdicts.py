@@ -1,0 +1,113 @@
+"""The real thing, end to end: a quick scan of torch 2.13.0 and flash-attn 2.8.3.post2 on CPU.
+
+What stands here was confirmed with scripts that do not use attncheck; another torch may differ, and then
+this table is what has to be looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    not torch.__version__.startswith("2.13.0"), reason="the verdicts are those of torch 2.13.0"
+)
+
+OK, COSTS, MISSING, MIXED = "supported", "redistributed", "missing_strategy", "mixed_tensor"
+DENSE = {
+    "replicate": (OK, OK),
+    "batch": (OK, OK),
+    "heads": (OK, OK),
+    "sequence": (COSTS, COSTS),
+    "query": (OK, OK),
+}
+# (operator, setting) -> placement -> (forward, backward)
+EXPECTED: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
+    ("fallback.matmul", "plain"): DENSE,
+    ("fallback.einsum", "plain"): DENSE,
+    ("sdpa[MATH]", "plain"): DENSE,
+    ("sdpa[MATH]", "causal"): dict.fromkeys(DENSE, (MIXED, MIXED)),
+    ("sdpa", "causal"): dict.fromkeys(DENSE, (MISSING, MISSING)),
+    ("sdpa", "plain"): {
+        "replicate": (OK, MISSING),
+        "batch": (OK, MISSING),
+        "heads": (COSTS, MISSING),
+        "sequence": (COSTS, MISSING),
+        "query": (OK, MISSING),
+    },
+    ("flash_attn_func", "plain"): dict.fromkeys(("replicate", "batch", "heads"), (MISSING,) * 2),
+    ("flash_attn_func", "causal"): dict.fromkeys(("replicate", "batch", "heads"), (MISSING,) * 2),
+}
+EXPECTED[("sdpa[FLASH_ATTENTION]", "causal")] = EXPECTED[("sdpa", "causal")]
+EXPECTED[("sdpa[FLASH_ATTENTION]", "plain")] = EXPECTED[("sdpa", "plain")]
+
+
+def quick_scan(folder: Path, seed: int) -> dict[str, Any]:
+    output = folder / f"{seed}.json"
+    command = [
+        sys.executable, "-m", "attncheck", "scan", "--level", "quick", "--with", "flash-attn",
+        "--seed", str(seed), "-o", f"json:{output}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=900)
+    assert done.returncode == 1, done.stderr
+    document: dict[str, Any] = json.loads(output.read_text())
+    return document
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return quick_scan(tmp_path_factory.mktemp("quick"), 7)
+
+
+def test_every_verdict(quick: dict[str, Any]) -> None:
+    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for case in quick["cases"]:
+        row = found.setdefault((case["operator"], case["setting"]["name"]), {})
+        row.setdefault(case["placement"], {})[case["direction"]] = case["outcome"]["status"]
+    verdicts = {
+        key: {p: (d["forward"], d["backward"]) for p, d in row.items()}
+        for key, row in found.items()
+    }
+    assert verdicts == EXPECTED
+
+
+def test_what_is_missing_is_named_at_once(quick: dict[str, Any]) -> None:
+    missing = {f["kernel_op"] for f in quick["findings"] if f["rule"] in ("ATN101", "ATN102")}
+    assert missing == {
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
+        "flash_attn._flash_attn_forward.default",
+        "flash_attn._flash_attn_backward.default",
+    }
+
+
+def test_heads_sharded_come_back_replicated_after_three_gathers(quick: dict[str, Any]) -> None:
+    (case,) = (
+        c for c in quick["cases"] if "/sdpa/plain/" in c["id"] and "/heads/forward" in c["id"]
+    )
+    outcome = case["outcome"]
+    assert outcome["outputs"] == {"out": ["R"]}
+    assert [(c["name"], c["count"]) for c in outcome["collectives"]] == [("all_gather", 3)]
+    # q is 6*4*18*16 floats, k and v 6*4*22*16: half of each is sent by each of two ranks.
+    assert outcome["collectives"][0]["bytes"] == (18 + 2 * 22) * 6 * 4 * 16 * 4 // 2
+
+
+def test_nothing_is_unknown_and_memory_is_small(quick: dict[str, Any]) -> None:
+    assert set(quick["summary"]) <= {OK, COSTS, MISSING, MIXED}
+    assert len(quick["cases"]) >= 80
+    assert max(quick["environment"]["peak_rss_mib"]) < 1536
+
+
+@pytest.mark.slow
+def test_statuses_do_not_depend_on_the_seed(quick: dict[str, Any], tmp_path: Path) -> None:
+    def verdicts(report: dict[str, Any]) -> list[tuple[str, str]]:
+        cases = [(c["id"], c["outcome"]["status"]) for c in report["cases"]]
+        return cases + [(f["rule"], f["fingerprint"]) for f in report["findings"]]
+
+    assert all(verdicts(quick_scan(tmp_path, seed)) == verdicts(quick) for seed in (1, 2, 3, 4))
