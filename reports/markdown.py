@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from tabulate import tabulate
 
@@ -32,8 +33,6 @@ from attncheck.view import (
 NAME = "markdown"
 SUMMARY = "for an issue: headline, environment, findings, matrix; cases folded away"
 
-CASES, CASES_VERBOSE = 30, 500
-# GitHub refuses an issue of more than 65,536 characters: the long matrix is left out before that.
 MATRIX_ROWS = 150
 CODE_LENGTH = 8000
 
@@ -44,13 +43,41 @@ _SPAN = re.compile(r"(?<!`)`([\w.:()\[\]=,-]+)`(?!`)", re.ASCII)
 _ZERO_WIDTH_SPACE = "&#8203;"
 
 
+# GitHub refuses an issue of more than 65,536 characters.
+ISSUE_LENGTH = 65_000
+
+
+@dataclass(frozen=True)
+class Detail:
+    """How much of each finding is shown."""
+
+    cases: int
+    remedies: int
+
+
+VERBOSE = Detail(500, 500)
+# From generous to terse; a report takes the first with which it fits into an issue.
+DETAILS = (Detail(30, 20), Detail(10, 4), Detail(5, 2), Detail(2, 1), Detail(0, 0))
+
+
 def render(report: Report, *, options: RenderOptions) -> str:
     """Markdown. `options.width` and `options.color` mean nothing to it."""
     view = build(report)
+    if options.verbose:
+        return _render(view, options, VERBOSE)
+    text = ""
+    for detail in DETAILS:
+        text = _render(view, options, detail)
+        if len(text) <= ISSUE_LENGTH:
+            break
+    return text
+
+
+def _render(view: View, options: RenderOptions, detail: Detail) -> str:
     sections: tuple[Iterable[str], ...] = (
         _headline(view),
         _environment(view),
-        _findings(view, options),
+        _findings(view, detail),
         _works(view),
         _matrix(view, options),
         _not_run(view),
@@ -126,9 +153,10 @@ def _headline(view: View) -> Iterable[str]:
         yield prose(sentence)
 
 
-def _findings(view: View, options: RenderOptions) -> Iterable[str]:
+def _findings(view: View, detail: Detail) -> Iterable[str]:
     if not view.groups:
         return
+    shown: set[str] = set()  # code that stands above already
     counts = ", ".join(
         count(n, "note" if severity is Severity.INFO else severity.value)
         for severity, n in view.severities
@@ -137,25 +165,32 @@ def _findings(view: View, options: RenderOptions) -> Iterable[str]:
     for group in view.groups:
         yield f"### {code(group.kernel_op) or group.title}"
         for finding in group.findings:
-            yield from _finding(finding, options)
+            yield from _finding(finding, detail, shown)
 
 
-def _finding(finding: FindingView, options: RenderOptions) -> Iterable[str]:
+def _finding(finding: FindingView, detail: Detail, shown: set[str]) -> Iterable[str]:
     yield f"#### {finding.severity.value} {prose(finding.rule)}: {prose(finding.title)}"
     yield f"Where: {prose(finding.where)}"
-    if finding.details:
+    if finding.details and detail.cases:
         yield "\n".join(f"> {prose(line)}  " for line in finding.details).rstrip()
-    for i, remedy in enumerate(finding.remedies):
-        yield from _remedy(remedy, first=i == finding.first_remedy)
-    yield _cases(finding, options)
+    ordered = sorted(enumerate(finding.remedies), key=lambda r: r[0] != finding.first_remedy)
+    for i, remedy in ordered[: detail.remedies]:
+        yield from _remedy(remedy, shown, first=i == finding.first_remedy)
+    if len(ordered) > detail.remedies:
+        yield f"and {len(ordered) - detail.remedies} more ways (all in --output json)"
+    yield _cases(finding, detail)
 
 
-def _remedy(remedy: RemedyView, *, first: bool) -> Iterable[str]:
+def _remedy(remedy: RemedyView, shown: set[str], *, first: bool) -> Iterable[str]:
     lead = f"{'**Do**' if first else 'Or'} ({prose(remedy.kind)}; *{prose(remedy.proof)}*)"
     text = f"{lead}: {prose(remedy.text)}"
     if not remedy.code:
         yield text
         return
+    if remedy.code in shown:
+        yield f"{text} (The code stands above.)"
+        return
+    shown.add(remedy.code)
     lines = remedy.code if len(remedy.code) <= CODE_LENGTH else remedy.code[:CODE_LENGTH] + "\n..."
     body = block(lines, "python")
     if first:
@@ -166,8 +201,8 @@ def _remedy(remedy: RemedyView, *, first: bool) -> Iterable[str]:
         yield details("code", body)
 
 
-def _cases(finding: FindingView, options: RenderOptions) -> str:
-    limit = CASES_VERBOSE if options.verbose else CASES
+def _cases(finding: FindingView, detail: Detail) -> str:
+    limit = detail.cases
     lines = list(finding.cases[:limit])
     if len(finding.cases) > limit:
         lines.append(f"and {len(finding.cases) - limit} more (all in --output json)")

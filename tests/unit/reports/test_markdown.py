@@ -1,6 +1,7 @@
 """The Markdown report: complete, foldable, and closed to whatever text a report holds."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import sample_report
@@ -142,3 +143,15 @@ def test_an_empty_report() -> None:
 
 def test_ascii() -> None:
     assert render(sample_report.hostile("h\u00e4ng \u2713"), unicode=False).isascii()
+
+
+def test_a_long_report_still_fits_into_a_github_issue() -> None:
+    report = sample_report.sample()
+    finding = report.findings[0]
+    many = tuple(
+        replace(finding, rule=f"ATN1{n:02}", fingerprint=f"{n:016x}", cases=finding.cases * 60)
+        for n in range(60)
+    )
+    text = render(replace(report, findings=many))
+    assert len(text) < GITHUB_LIMIT
+    assert all(f"ATN1{n:02}" in text for n in range(60))
