@@ -26,6 +26,7 @@ __all__ = [
     "quiet_exit",
     "refusal",
     "rendezvous_store",
+    "unwatched_propagation",
     "watch_alltoall",
 ]
 
@@ -131,6 +132,32 @@ def watch_alltoall(
     finally:
         for owner in owners:
             setattr(owner, "shard_dim_alltoall", original)
+
+
+@contextlib.contextmanager
+def unwatched_propagation() -> Iterator[None]:
+    """Keeps dispatch modes off while DTensor searches decompositions for a strategy.
+
+    The search (2.11 on) runs tens of thousands of ops on meta tensors: nothing there is communication or
+    a kernel, and passing each through a mode of ours made it a quarter slower than it is for users.
+    """
+    try:
+        from torch.distributed.tensor._decompositions import DecompShardingStrategy
+        from torch.utils._python_dispatch import _disable_current_modes
+    except ImportError:
+        yield
+        return
+    original = DecompShardingStrategy.propagate_strategy
+
+    def unwatched(self: Any, op_schema: Any) -> Any:
+        with _disable_current_modes():
+            return original(self, op_schema)
+
+    DecompShardingStrategy.propagate_strategy = unwatched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DecompShardingStrategy.propagate_strategy = original  # type: ignore[method-assign]
 
 
 def rendezvous_store(attempt: str) -> tuple[Any, int, int]:

@@ -159,7 +159,12 @@ class Observer:
     def watch(self) -> Iterator[Trace]:
         self.trace = Trace()
         self.phase = "setup"
-        with compat.watch_alltoall(self._alltoall), _Below(self), _Above(self):
+        with (
+            compat.watch_alltoall(self._alltoall),
+            compat.unwatched_propagation(),
+            _Below(self),
+            _Above(self),
+        ):
             yield self.trace
 
     def enter(self, op: str) -> None:
