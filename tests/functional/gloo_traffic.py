@@ -1,8 +1,8 @@
 """A torchrun worker: what the observer counted beside what gloo wrote to its sockets, per redistribution.
 
 Prints one JSON object on rank 0: {name: {"counted": bytes, "sent": bytes, "collectives": [...]}}; the
-larger of the ranks' numbers. `sent` is read from the kernel (TCP_INFO's tcpi_bytes_sent, summed over this
-process's sockets), so it knows nothing of PyTorch.
+larger of the ranks' numbers. `sent` is read from the kernel (TCP_INFO's tcpi_bytes_sent less its
+tcpi_bytes_retrans, summed over this process's sockets), so it knows nothing of PyTorch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from attncheck.runner.observe import Observer, StateFile
 
-# struct tcp_info (linux/tcp.h): tcpi_bytes_sent lies 200 bytes in, since Linux 4.19.
+# struct tcp_info (linux/tcp.h), since Linux 4.19: tcpi_bytes_sent, retransmissions included, lies 200 bytes
+# in, and tcpi_bytes_retrans follows it.
 BYTES_SENT = 200
 
 
@@ -33,8 +35,16 @@ def bytes_sent() -> int:
                 continue
             with socket.socket(fileno=os.dup(int(name))) as sock:
                 info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                total += struct.unpack_from("Q", info, BYTES_SENT)[0]
+                sent, again = struct.unpack_from("QQ", info, BYTES_SENT)
+                total += sent - again
     return total
+
+
+def wait_for_all(folder: Path, name: str, world: int) -> None:
+    """A barrier that sends nothing. What lies in a send buffer is not sent; when all are done, all was received."""
+    (folder / f"{name}.{dist.get_rank()}").touch()
+    while len(list(folder.glob(f"{name}.*"))) < world:
+        time.sleep(0.001)
 
 
 def main(folder: str) -> None:
@@ -58,6 +68,7 @@ def main(folder: str) -> None:
         with observer.watch() as trace:
             observer.phase = "forward"
             tensor.redistribute(placements=[after]).to_local().sum().item()
+        wait_for_all(Path(folder), name, world)
         sent = bytes_sent() - start
         seen = trace.communication()
         numbers = torch.tensor([sum(c.bytes for c in seen), sent])
