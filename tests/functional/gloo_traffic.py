@@ -41,7 +41,7 @@ def bytes_sent() -> int:
 
 
 def wait_for_all(folder: Path, name: str, world: int) -> None:
-    """A barrier that sends nothing. What lies in a send buffer is not sent; when all are done, all was received."""
+    """A barrier that sends nothing itself. Once all are past it, nothing lies in a send buffer."""
     (folder / f"{name}.{dist.get_rank()}").touch()
     while len(list(folder.glob(f"{name}.*"))) < world:
         time.sleep(0.001)
