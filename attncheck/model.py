@@ -79,6 +79,7 @@ class Reason(str, Enum):
     DEVICE_MISSING = "device_missing"
     SETTING_REFUSED = "setting_refused"
     PROBE_NOT_LOADABLE = "probe_not_loadable"
+    OP_MISSING = "op_missing"
     NOT_RUN = "not_run"
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,8 @@ class Tensor:
     values), `bool_mask`, `float_mask`, `slopes` (positive, one a head), `zeros`, `eye` (identity in the
     last two dims), or `values` for the integers in `values`. `wrap`: how it meets the operator:
     `pattern` (a DTensor placed by the case's pattern), `replicate` (always a replicated DTensor) or
-    `plain` (an ordinary tensor). `dtype`: None for the setting's own.
+    `plain` (an ordinary tensor). `dtype`: None for the setting's own. `mutable`: the operator writes
+    into it (a KV cache); any other argument that changes is a fault of the probe.
     """
 
     name: str
@@ -93,12 +94,15 @@ class Tensor:
     wrap: str = "pattern"
     dtype: str | None = None
     values: tuple[int, ...] = ()
+    mutable: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.dims) == len(self.sizes), f"{self.name}: {self.dims} against {self.sizes}"
 
 
 Tensors = Mapping[str, "torch.Tensor"]
+# What a call or a reference returns: the output, or several by name with the output under `out`.
+Results = Union["torch.Tensor", Mapping[str, "torch.Tensor"]]
 
 
 @dataclass(frozen=True)
@@ -106,25 +110,31 @@ class Operator:
     """An attention function as a user calls it.
 
     `tensors(setting)` describes its tensor arguments, `call(setting, tensors)` calls it (on plain
-    tensors and on DTensors alike) and returns one tensor, and `reference(setting, tensors)` computes the
-    same in float64 on whole plain tensors, differentiably. `output_dims` names the roles of the output's
-    dims. `kernel_ops`: the dispatcher ops it is expected to reach, as PyTorch writes them. `packages`:
-    requirement strings of the distributions it needs. `standins`: compiled modules that
-    `attncheck.standins` can replace on CPU. `function` is the import path of the function where `name`
-    is a shorthand (one function, several backends). `slow`: known to be dear to propagate; the planner
-    runs it after the others.
+    tensors and on DTensors alike), and `reference(setting, tensors)` computes the same in float64 on
+    whole plain tensors, differentiably. Both return the output, or a mapping that holds it as `out`
+    beside whatever else is worth judging (`lse`); gradients are taken of `out`. `output_dims` names the
+    roles of the output's dims. `kernel_ops`: the dispatcher ops it is expected to reach, as PyTorch
+    writes them. `packages`: requirement strings of the distributions it needs. `missing()`, asked in the
+    worker once the stand-ins are in place, says why the operator is not there, or ''. `standins`: what
+    `attncheck.standins` can provide for it on a CPU. `bypasses`: functions that take tensors but are no
+    dispatcher ops, as `module:function` or `module` for all of a module's; a DTensor has a null data
+    pointer there, so they are guarded and never see one. `function` is the import path of the function
+    where `name` is a shorthand (one function, several backends). `slow`: known to be dear to propagate;
+    the planner runs it after the others.
     """
 
     name: str
     tensors: Callable[[Setting], tuple[Tensor, ...]]
-    call: Callable[[Setting, Tensors], torch.Tensor]
-    reference: Callable[[Setting, Tensors], torch.Tensor]
+    call: Callable[[Setting, Tensors], Results]
+    reference: Callable[[Setting, Tensors], Results]
     settings: tuple[Setting, ...]
     output_dims: tuple[str, ...] = ()
     kernel_ops: tuple[str, ...] = ()
     placements: tuple[str, ...] = ("replicate", "batch", "heads", "sequence")
     packages: tuple[str, ...] = ()
+    missing: Callable[[], str] | None = None
     standins: tuple[str, ...] = ()
+    bypasses: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     function: str = ""
     slow: bool = False

@@ -92,6 +92,7 @@ REASONS: Mapping[Reason, str] = {
     Reason.DEVICE_MISSING: "device missing",
     Reason.SETTING_REFUSED: "the operator refuses this setting",
     Reason.PROBE_NOT_LOADABLE: "probe not loadable",
+    Reason.OP_MISSING: "kernel op not registered",
     Reason.NOT_RUN: "not run",
 }
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from attncheck.model import CaseResult, Finding, Reason, Remedy, Severity
 from attncheck.rules import remedies, unavailable, wording
-from attncheck.rules.base import Group, Rule
+from attncheck.rules.base import Group, Rule, operators
 
 DOCS = """\
 ## What it does
-Names operators that this scan could not run: a package is missing, a device is missing, or the
+Names operators that this scan could not run: a package, a kernel op or a device is missing, or the
 operator itself refuses the setting on whole tensors, before any distribution.
 
 ## Why is this bad?
@@ -32,10 +33,12 @@ needs nothing: it is listed so that you know it was not judged.
 
 # A case without a reason is unavailable all the same. `not_run` is not among them: a scan that was
 # cut short says nothing about the operator.
-REASONS = (Reason.PACKAGE_MISSING, Reason.DEVICE_MISSING, Reason.SETTING_REFUSED, None)
+ABSENT = (Reason.PACKAGE_MISSING, Reason.OP_MISSING, Reason.DEVICE_MISSING, None)
+REFUSED = (Reason.SETTING_REFUSED,)
 
 _WORDS = {
     Reason.PACKAGE_MISSING: "a package is missing",
+    Reason.OP_MISSING: "its kernel op is not registered",
     Reason.DEVICE_MISSING: "a device is missing",
     Reason.SETTING_REFUSED: "it refuses the setting on whole tensors",
     None: "no reason was given",
@@ -47,14 +50,25 @@ _MODULE = re.compile(r"No module named ['\"]([A-Za-z_]\w*)")
 
 
 def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
-    for group in unavailable.by_operator(results, REASONS):
+    # What is absent is absent for a whole package: one finding a probe, not one an operator.
+    absent = [
+        replace(
+            group, subject=f"probe {group.subject}"
+        )  # operators may be called as their probe is
+        for group in unavailable.by_probe(results, ABSENT)
+    ]
+    for group in [*absent, *unavailable.by_operator(results, REFUSED)]:
         reasons = {r.outcome.reason for r in group.results}
         why = "; ".join(words for reason, words in _WORDS.items() if reason in reasons)
         yield RULE.finding(
             group,
             f"{group.subject} is unavailable: {why} "
             f"({wording.count(len(group.results), 'case')} not judged)",
-            message=[unavailable.settings(group), *unavailable.texts(group)],
+            message=[
+                f"Operators: {operators(group.results)}.",
+                unavailable.settings(group),
+                *unavailable.texts(group),
+            ],
             remedies=[*_package(group), *_device(group)],
         )
 

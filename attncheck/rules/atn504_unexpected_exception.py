@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from attncheck.model import CaseResult, Finding, Severity, Status
-from attncheck.rules import remedies, wording
+from attncheck.rules import atn104_bypasses_dispatcher, remedies, wording
 from attncheck.rules.base import (
     Rule,
     exception_text,
@@ -17,8 +17,9 @@ from attncheck.rules.base import (
 
 DOCS = """\
 ## What it does
-Fires where a call on DTensors raised an exception that is neither a missing strategy nor a mix of
-ordinary tensors and DTensors, while the same call on whole tensors works.
+Fires where a call on DTensors raised an exception that is neither a missing strategy, nor a mix of
+ordinary tensors and DTensors, nor a kernel that bypasses the dispatcher, while the same call on whole
+tensors works.
 
 ## Why is this bad?
 The operator cannot be used under these placements, and the text rarely says why: a strategy
@@ -37,8 +38,13 @@ ranks do not divide a size, choose a degree of parallelism that does.
 """
 
 
+def _applies(result: CaseResult) -> bool:
+    bypasses = atn104_bypasses_dispatcher.applies(result)
+    return result.outcome.status is Status.ERROR and not bypasses
+
+
 def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
-    for group in group_by_op(results, lambda r: r.outcome.status is Status.ERROR):
+    for group in group_by_op(results, _applies):
         texts = most_common(exception_text(r.outcome) for r in group.results)
         raised = wording.first_line(texts[0], wording.TITLE_WIDTH) if texts else "an exception"
         yield RULE.finding(

@@ -14,14 +14,19 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from attncheck.model import Case, Reason
-from attncheck.probing import Operator, Setting, Tensor
+from attncheck.probing import Operator, Results, Setting, Tensor
 from attncheck.runner import compat
+from attncheck.runner.guard import BypassesDispatcher
 from attncheck.runner.inputs import cotangent, whole_tensors
 from attncheck.runner.observe import Observer, Trace
 from attncheck.runner.placements import shard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+class ProbeError(Exception):
+    """The probe breaks its contract: it returns something else, or changes its arguments."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +100,32 @@ def run_whole(
     seed: int,
     device: str,
 ) -> dict[str, torch.Tensor]:
-    """`out` and `grad.*` of the operator on ordinary whole tensors, on the CPU."""
+    """`out`, other outputs by name and `grad.*` of the operator on ordinary whole tensors, on the CPU.
+
+    Raises ProbeError, and whatever the operator raises.
+    """
+    # Clones: an operator may write into its arguments, and the next case starts from the same ones.
     leaves = {
-        spec.name: wholes[spec.name].to(device).detach().requires_grad_(spec.requires_grad)
+        spec.name: wholes[spec.name].clone().to(device).requires_grad_(spec.requires_grad)
         for spec in specs
     }
     torch.manual_seed(seed)
-    out = operator.call(setting, leaves)
-    results = {"out": out.detach().cpu()}
+    outputs = named_outputs(operator.call(setting, leaves), f"{operator.name}: call")
+    out = outputs["out"]
+    results = {name: value.detach().cpu().clone() for name, value in outputs.items()}
+    for spec in specs:
+        if not spec.mutable and not _same(leaves[spec.name].detach().cpu(), wholes[spec.name]):
+            raise ProbeError(
+                f"{operator.name}: the call changed its argument {spec.name}; an argument that an "
+                "operator writes into must be declared mutable"
+            )
     wanted = [spec.name for spec in specs if spec.requires_grad]
+    if not wanted:
+        return results
+    if not out.requires_grad:
+        raise ProbeError(
+            f"{operator.name}: the output has no gradient, but {wanted[0]} is declared to require one"
+        )
     dout = cotangent(operator.name, setting, out.shape, out.dtype, seed).to(device)
     grads = torch.autograd.grad(out, [leaves[n] for n in wanted], dout, allow_unused=True)
     for name, grad in zip(wanted, grads, strict=True):
@@ -112,22 +134,60 @@ def run_whole(
     return results
 
 
+def named_outputs(returned: Results, who: str) -> dict[str, torch.Tensor]:
+    """What a call or a reference returned, by name. Raises ProbeError where it breaks the contract."""
+    named = {"out": returned} if isinstance(returned, torch.Tensor) else returned
+    if (
+        not isinstance(named, Mapping)
+        or "out" not in named
+        or not all(isinstance(value, torch.Tensor) for value in named.values())
+    ):
+        raise ProbeError(
+            f"{who} returned {type(returned).__name__}; expected a tensor, or a mapping of tensors "
+            "with the output as `out`"
+        )
+    return dict(named)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        if a.is_floating_point()
+        else (torch.equal(a, b))
+    )
+
+
 def run_reference(prepared: Prepared, seed: int) -> dict[str, torch.Tensor]:
-    """`out` and `grad.*` of the probe's float64 reference."""
+    """`out`, other outputs by name and `grad.*` of the probe's float64 reference.
+
+    Raises ProbeError where it does not fit what the operator returns on whole tensors.
+    """
+    who = f"{prepared.operator.name}: reference"
     leaves = {}
     for spec in prepared.specs:
         whole = prepared.wholes[spec.name]
         if whole.is_floating_point():
             whole = whole.to(torch.float64)
-        leaves[spec.name] = whole.detach().requires_grad_(spec.requires_grad)
-    out = prepared.operator.reference(prepared.setting, leaves)
+        leaves[spec.name] = whole.detach().clone().requires_grad_(spec.requires_grad)
+    if not callable(prepared.operator.reference):
+        raise ProbeError(f"{who} is missing; expected a function that computes the same in float64")
+    outputs = named_outputs(prepared.operator.reference(prepared.setting, leaves), who)
+    out = outputs["out"]
+    for name, value in prepared.unsharded.items():
+        if not name.startswith("grad.") and name in outputs and outputs[name].shape != value.shape:
+            raise ProbeError(
+                f"{who} gives {name} of shape {tuple(outputs[name].shape)}, the operator on whole "
+                f"tensors {tuple(value.shape)}"
+            )
     dtype = prepared.unsharded["out"].dtype
     dout = cotangent(prepared.operator.name, prepared.setting, out.shape, dtype, seed)
+    results = {name: value.detach() for name, value in outputs.items()}
     wanted = [spec.name for spec in prepared.specs if spec.requires_grad]
+    if not wanted:
+        return results
     grads = torch.autograd.grad(
         out, [leaves[n] for n in wanted], dout.to(torch.float64), allow_unused=True
     )
-    results = {"out": out.detach()}
     for name, grad in zip(wanted, grads, strict=True):
         if grad is not None:
             results[f"grad.{name}"] = grad
@@ -146,7 +206,7 @@ def distribute(
         whole = prepared.wholes[spec.name]
         texts = case.placements[spec.name]
         if texts == ("plain",):
-            out[spec.name] = whole.to(device).detach().requires_grad_(spec.requires_grad)
+            out[spec.name] = whole.clone().to(device).requires_grad_(spec.requires_grad)
             continue
         local = shard(whole, texts, sizes, coordinate).to(device)
         placed = DTensor.from_local(
@@ -174,8 +234,10 @@ def run_once(
     torch.manual_seed(seed)
     if observer is not None:
         observer.phase = "forward"
-    out = prepared.operator.call(prepared.setting, leaves)
-    results = {"out": _local(out)}
+    operator = prepared.operator
+    outputs = named_outputs(operator.call(prepared.setting, leaves), f"{operator.name}: call")
+    out = outputs["out"]
+    results = {name: _local(value) for name, value in outputs.items()}
     if case.direction == "forward":
         return results
     if observer is not None:
@@ -259,4 +321,6 @@ def failed_record(rank: int) -> RankRecord:
 
 def _describe(error: BaseException, op: str) -> tuple[str, str, str]:
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, BypassesDispatcher):
+        op = error.function
     return type(error).__name__, text[:2000], op

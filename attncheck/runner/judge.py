@@ -103,14 +103,18 @@ def _judge_numbers(
     sizes = tuple(case.mesh.values())
     dtype = DTYPES[prepared.setting.dtype]
     first = _by_name([r.results for r in records])
-    wanted = {k: v for k, v in expected.items() if k == "out" or case.direction == "backward"}
+    wanted = {
+        name: value
+        for name, value in expected.items()
+        if case.direction == "backward" or not name.startswith("grad.")
+    }
     verdict = Verdict()
     if prepared.setting.dropout:
         _judge_dropout_case(verdict, case, prepared, first, sizes, dtype, base.seed)
     else:
-        verdict = judge_values(first, wanted, sizes, dtype)
+        verdict = judge_values(first, wanted, sizes)
         second = _by_name([r.warm or {} for r in records])
-        verdict.facts += _second_call(verdict, judge_values(second, wanted, sizes, dtype))
+        verdict.facts += _second_call(verdict, judge_values(second, wanted, sizes))
     status = _numbers_status(verdict, base.collectives)
     op = _own_kernel_op(prepared, base.kernel_ops) if status is not Status.SUPPORTED else ""
     if status is Status.REDISTRIBUTED:
@@ -138,7 +142,7 @@ def _judge_dropout_case(
     """Masks are random: judge what must hold of any of them. dv must use the mask that forward drew."""
     out = results["out"]
     zeros = torch.zeros(out.shape, dtype=torch.float64)
-    probe = judge_values({"out": out}, {"out": Expected(zeros, zeros)}, sizes, dtype)
+    probe = judge_values({"out": out}, {"out": Expected(zeros, zeros.to(dtype))}, sizes)
     verdict.facts += [
         f for f in probe.facts if f.code in ("local_shape", "plain_result", "replicas_differ")
     ]
@@ -152,8 +156,8 @@ def _judge_dropout_case(
         shape = torch.Size(out.shape)
         dout = cotangent(prepared.operator.name, prepared.setting, shape, dtype, seed)
         dv = torch.matmul(whole.transpose(-2, -1), dout.to(torch.float64))
-        want = {"grad.v": Expected(dv, dv)}
-        gradient = judge_values({"grad.v": results["grad.v"]}, want, sizes, dtype)
+        want = {"grad.v": Expected(dv, dv.to(dtype))}
+        gradient = judge_values({"grad.v": results["grad.v"]}, want, sizes)
         verdict.errors.update(gradient.errors)
         verdict.facts += gradient.facts
 

@@ -62,19 +62,20 @@ def atol(dtype: torch.dtype, scale: float) -> float:
     return ATOL_EPS * torch.finfo(dtype).eps * scale
 
 
-def error_stat(
-    value: torch.Tensor, expected: Expected, dtype: torch.dtype, where: Sequence[int] | None = None
-) -> ErrorStat:
-    """Errors of `value` (float64, whole) against the reference."""
+def error_stat(value: torch.Tensor, expected: Expected, dtype: torch.dtype) -> ErrorStat:
+    """Errors of `value` (float64, whole) against the reference.
+
+    Where both are the same infinity (the log-sum-exp of a row that sees no key) there is no error.
+    """
     reference = expected.reference
-    difference = (value - reference).abs()
-    finite = bool(torch.isfinite(value).all())
+    difference = _difference(value, reference)
+    finite = bool(torch.isfinite(difference).all())
     own = (
-        float((expected.unsharded.to(torch.float64) - reference).abs().max())
+        float(_difference(expected.unsharded.to(torch.float64), reference).max())
         if reference.numel()
         else 0.0
     )
-    scale = float(reference.abs().max()) if reference.numel() else 0.0
+    scale = _scale(reference)
     bound = 2 * own + atol(dtype, max(scale, torch.finfo(dtype).tiny))
     largest = (
         float(difference.max()) if finite and difference.numel() else (0.0 if finite else math.inf)
@@ -91,6 +92,20 @@ def error_stat(
     )
 
 
+def _difference(value: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    return torch.where(value == reference, 0.0, (value - reference).abs())
+
+
+def _scale(reference: torch.Tensor) -> float:
+    finite = reference[torch.isfinite(reference)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _rms(reference: torch.Tensor) -> float:
+    finite = reference[torch.isfinite(reference)]
+    return float(finite.square().mean().sqrt()) if finite.numel() else 0.0
+
+
 def classify(stat: ErrorStat, reference_rms: float) -> str:
     """`ok`, `drift` or `wrong`."""
     if stat.max <= stat.bound:
@@ -104,15 +119,22 @@ def judge_values(
     results: Mapping[str, RankResult],
     expected: Mapping[str, Expected],
     mesh: Sequence[int],
-    dtype: torch.dtype,
 ) -> Verdict:
-    """Compare every result (`out`, `grad.q` ...) with its reference. All tensors on the CPU."""
+    """Compare every result (`out`, `lse`, `grad.q` ...) with its reference. All tensors on the CPU.
+
+    A result is judged in the dtype in which the unsharded operator returns it.
+    """
     verdict = Verdict()
     for name, want in expected.items():
         kind = "gradient" if name.startswith("grad.") else "result"
         result = results.get(name)
         if result is None:
-            verdict.facts.append(Fact("gradient_missing", name, "no gradient reached this input"))
+            if kind == "gradient":
+                verdict.facts.append(
+                    Fact("gradient_missing", name, "no gradient reached this input")
+                )
+            else:
+                verdict.facts.append(Fact("wrong_result", name, "this output did not come back"))
             continue
         placements = result.placements
         if placements is None:
@@ -128,15 +150,14 @@ def judge_values(
             verdict.facts.append(Fact("local_shape", name, "; ".join(assembly.shape_faults)))
             continue
         verdict.wholes[name] = assembly.whole
-        stat = error_stat(assembly.whole, want, dtype)
+        stat = error_stat(assembly.whole, want, want.unsharded.dtype)
         verdict.errors[name] = stat
         if assembly.replica_gap > 0:
             detail = (
                 f"ranks that should hold the same values differ by up to {assembly.replica_gap:.3g}"
             )
             verdict.facts.append(Fact("replicas_differ", name, detail))
-        rms = float(want.reference.square().mean().sqrt()) if want.reference.numel() else 0.0
-        state = classify(stat, rms)
+        state = classify(stat, _rms(want.reference))
         if not math.isfinite(stat.max):
             verdict.facts.append(Fact("nonfinite", name, "not finite where the reference is"))
         if state != "ok":

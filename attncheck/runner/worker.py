@@ -28,7 +28,7 @@ from attncheck.errors import UserError
 from attncheck.model import Case, Outcome, Reason, Status
 from attncheck.probing import Operator
 from attncheck.runner import case as cases
-from attncheck.runner import compat, journal, judge, recover
+from attncheck.runner import compat, guard, journal, judge, recover
 from attncheck.runner.case import Prepared, RankRecord
 from attncheck.runner.observe import Observer, StateFile
 from attncheck.runner.oracle import Expected
@@ -160,7 +160,7 @@ class Worker:
                 "prepare": prepared_at - began,
                 "run": time.perf_counter() - prepared_at,
             }
-        except Exception:
+        except (Exception, SystemExit):  # a probe that calls exit() ends its case, not the scan
             prepared, record = None, cases.failed_record(self.rank)
         self.state.set("done")
         if self.journal is None:
@@ -189,7 +189,7 @@ class Worker:
         gathered = time.perf_counter()
         try:
             outcome = self._judge(case, prepared, records)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             message = f"the oracle failed: {type(error).__name__}: {error}"
             outcome = Outcome(Status.UNKNOWN, message, seed=self.config.seed)
         again = b"restart" if judge.collectives_differ(records) else b"go"
@@ -264,17 +264,20 @@ class Worker:
                 return Reason.PACKAGE_MISSING, f"{need.name} is not installed"
             if not need.specifier.contains(version, prereleases=True):
                 return Reason.VERSION_UNSUPPORTED, f"{need.name} {version} does not satisfy {text}"
-        if self.config.device != "cpu":
-            return None
         sentences = []
-        for name in operator.standins:
-            try:
-                sentences.append(standins.install(name))
-                standins.register_cpu_kernels(name)
-            except UserError as error:
-                return Reason.VERSION_UNSUPPORTED, str(error)
-            except (ImportError, OSError) as error:
-                return Reason.EXTENSION_NOT_LOADABLE, f"{type(error).__name__}: {error}"
+        try:
+            if self.config.device == "cpu":
+                sentences = [standins.provide(name) for name in operator.standins]
+            if operator.missing is not None and (why := operator.missing()):
+                return Reason.OP_MISSING, why
+            for target in operator.bypasses:
+                guard.protect(target)
+        except UserError as error:
+            return Reason.VERSION_UNSUPPORTED, str(error)
+        except ModuleNotFoundError as error:
+            return Reason.PACKAGE_MISSING, str(error)
+        except (ImportError, OSError) as error:
+            return Reason.EXTENSION_NOT_LOADABLE, f"{type(error).__name__}: {error}"
         self.standins[operator.name] = tuple(sentences)
         return None
 

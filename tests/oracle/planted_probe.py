@@ -249,9 +249,13 @@ EXPECTED: dict[str, set[str]] = {
     "missing_forward": {"ATN101", "ATN102"},
     "missing_backward": {"ATN102"},
     "mixed_tensor": {"ATN103"},
+    "bypasses_dispatcher": {"ATN104"},
+    "bypasses_on_local_tensors": set(),
     "wrapped_tensor": set(),
     "wrong_result": {"ATN201"},
     "wrong_gradient": {"ATN202"},
+    "second_output_wrong": {"ATN201"},
+    "second_output_right": set(),
     "drift": {"ATN203"},
     "replicas_differ": {"ATN204"},
     "dropout_same_mask": {"ATN205"},
@@ -263,6 +267,7 @@ EXPECTED: dict[str, set[str]] = {
     "replicate_only": {"ATN301"},
     "slow_propagation": {"ATN302"},
     "package_missing": {"ATN401"},
+    "op_missing": {"ATN401"},
     "extension_not_loadable": {"ATN402"},
     "version_unsupported": {"ATN403"},
     "crash": {"ATN501"},
@@ -272,6 +277,12 @@ EXPECTED: dict[str, set[str]] = {
     "diverged_exception": {"ATN503"},
     "exception": {"ATN504"},
     "check_failed": {"ATN505"},
+    "reference_of_wrong_shape": {"ATN505"},
+    "reference_forgotten": {"ATN505"},
+    "returns_nothing": {"ATN505"},
+    "mutates_argument": {"ATN505"},
+    "mutates_declared_argument": set(),
+    "calls_exit": {"ATN505"},
 }
 
 
@@ -284,6 +295,18 @@ def call(name: str) -> Callable[[Setting, Tensors], Any]:
         STATE["in_case"] = isinstance(q, DTensor)
         if name == "extension_not_loadable":
             _import_broken_extension()
+        if name == "calls_exit":
+            sys.exit(0)
+        if name == "returns_nothing":
+            return None
+        if name == "bypasses_dispatcher":
+            return no_op(q, k, v)
+        if name == "bypasses_on_local_tensors":
+            return _on_local_tensors(q, k, v)
+        if name.startswith("mutates"):
+            with torch.no_grad():
+                q.mul_(1)
+                k.add_(1)
         if name in ("mixed_tensor", "wrapped_tensor"):
             zeros = torch.zeros(q.shape[-1])
             if name == "wrapped_tensor" and isinstance(q, DTensor):
@@ -294,9 +317,37 @@ def call(name: str) -> Callable[[Setting, Tensors], Any]:
             _all_reduce(out.to_local())
         if name == "placement_lost" and isinstance(out, DTensor):
             return out.full_tensor()  # as code does that forgets to wrap again
+        if name.startswith("second_output"):
+            return {"out": out, "largest": _largest(out, name == "second_output_wrong")}
         return out
 
     return run
+
+
+def no_op(q: Any, k: Any, v: Any) -> Any:
+    """Stands for a compiled function: takes tensors, reads their memory, is no dispatcher op."""
+    assert q.data_ptr(), "the guard let a DTensor through"
+    return attend(q, k, v)
+
+
+def _on_local_tensors(q: Any, k: Any, v: Any) -> Any:
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.experimental import local_map
+
+    if not isinstance(q, DTensor):
+        return no_op(q, k, v)
+    heads = [Shard(1)]
+    return local_map(no_op, heads, (heads, heads, heads), device_mesh=q.device_mesh)(q, k, v)
+
+
+def _largest(out: Any, wrong: bool) -> Any:
+    """A second output: the largest value of each row. The wrong one is wrong on shards only."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(out, DTensor):
+        return out.detach().abs().amax(-1)
+    local = out.detach().to_local().abs().amax(-1) * (1.5 if wrong else 1)
+    return DTensor.from_local(local, out.device_mesh, out.placements, run_check=False)
 
 
 def _import_broken_extension() -> None:
@@ -319,13 +370,28 @@ def tensors(setting: Setting) -> tuple[Tensor, ...]:
     return q, k, v
 
 
+def mutated_tensors(declared: bool) -> Callable[[Setting], tuple[Tensor, ...]]:
+    def make(setting: Setting) -> tuple[Tensor, ...]:
+        q, k, v = tensors(setting)
+        k = Tensor("k", k.dims, k.sizes, requires_grad=False, mutable=declared)
+        return Tensor("q", q.dims, q.sizes, requires_grad=False), k, v
+
+    return make
+
+
 def reference(name: str) -> Callable[[Setting, Tensors], Any]:
     def compute(setting: Setting, t: Tensors) -> Any:
         if name == "check_failed":
             raise KeyError("planted: the reference is broken")
-        return attend(t["q"], t["k"], t["v"])
+        k = t["k"] + 1 if name.startswith("mutates") else t["k"]
+        out = attend(t["q"], k, t["v"])
+        if name == "reference_of_wrong_shape":
+            return out.transpose(1, 2)
+        if name.startswith("second_output"):
+            return {"out": out, "largest": _largest(out, False)}
+        return out
 
-    return compute
+    return None if name == "reference_forgotten" else compute  # type: ignore[return-value]
 
 
 NEEDS = {
@@ -339,7 +405,7 @@ def operator(name: str) -> Operator:
     patterns = ("replicate",) if name == "replicas_differ" else ("heads",)
     return Operator(
         name=f"planted.{name}",
-        tensors=tensors,
+        tensors=mutated_tensors("declared" in name) if name.startswith("mutates") else tensors,
         call=call(name),
         reference=reference(name),
         settings=(
@@ -353,6 +419,8 @@ def operator(name: str) -> Operator:
         ),
         kernel_ops=(f"planted.{name}.default", f"planted.{name}_backward.default"),
         packages=NEEDS.get(name, ()),
+        missing=(lambda: "planted: no such op") if name == "op_missing" else None,
+        bypasses=(f"{__name__}:no_op",) if name.startswith("bypasses") else (),
     )
 
 

@@ -193,14 +193,14 @@ PLANTED = [
         unavailable(Reason.PACKAGE_MISSING, "flash-attn>=2.7 is not installed"),
         "a package is missing (1 case not judged)",
         unavailable(Reason.VERSION_UNSUPPORTED),
-        "flash_attn_func",
+        "probe flash_attn",
     ),
     Planted(
         "ATN401",
         unavailable(Reason.DEVICE_MISSING),
         "a device is missing",
         unavailable(Reason.NOT_RUN),
-        "flash_attn_func",
+        "probe flash_attn",
     ),
     Planted(
         "ATN401",
@@ -247,6 +247,18 @@ PLANTED = [
         Outcome(Status.DIVERGED, "mismatch", kernel_op=FLASH, ranks=RANKS),
         "rank 1 (hash seed 7): last op aten.bmm.default, 2 collectives",
         Outcome(Status.HANG, ranks=RANKS),
+    ),
+    Planted(
+        "ATN104",
+        Outcome(
+            Status.ERROR,
+            "flash_attn_2_cuda.fwd is no dispatcher op",
+            kernel_op="flash_attn_2_cuda.fwd",
+            exception_type="BypassesDispatcher",
+        ),
+        "flash_attn_2_cuda.fwd is no dispatcher op: a DTensor would reach it as a null pointer in 1",
+        Outcome(Status.ERROR, "something else", kernel_op=FLASH, exception_type="RuntimeError"),
+        "flash_attn_2_cuda.fwd",
     ),
     Planted(
         "ATN504",
@@ -604,7 +616,7 @@ def test_find(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("ATN110", "ATN101"), ("wrong-results", "wrong-result"), ("atn1010", "ATN101")],
+    [("ATN110", "ATN104"), ("wrong-results", "wrong-result"), ("atn1010", "ATN101")],
 )
 def test_find_names_the_nearest(name: str, near: str) -> None:
     with pytest.raises(UserError, match=near):
@@ -616,7 +628,7 @@ def test_find_names_the_nearest(name: str, near: str) -> None:
     [
         ([], set()),
         (["ATN101"], {"ATN101"}),
-        (["atn1"], {"ATN101", "ATN102", "ATN103"}),
+        (["atn1"], {"ATN101", "ATN102", "ATN103", "ATN104"}),
         (["ATN?02", "drift"], {"ATN102", "ATN202", "ATN302", "ATN402", "ATN502", "ATN203"}),
         (["missing-*"], {"ATN101", "ATN102"}),
         (["ATN"], {rule.id for rule in rules.RULES}),

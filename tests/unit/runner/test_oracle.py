@@ -60,19 +60,36 @@ def test_a_small_error_everywhere_is_wrong_where_rounding_is_smaller_still() -> 
 
 
 def test_not_finite_is_wrong_and_named() -> None:
-    want = {"out": Expected(reference(), reference())}
+    want = {"out": Expected(reference(), reference().float())}
     broken = reference()
     broken[0, 0, 0] = math.nan
-    verdict = judge_values(
-        {"out": RankResult([broken, broken], (4, 5, 6), ("R",))}, want, (2,), torch.float32
-    )
+    verdict = judge_values({"out": RankResult([broken, broken], (4, 5, 6), ("R",))}, want, (2,))
     assert {f.code for f in verdict.facts} >= {"nonfinite", "wrong_result"}
     assert verdict.errors["out"].max == math.inf
 
 
 def test_a_gradient_that_never_came_is_a_fact() -> None:
-    verdict = judge_values({}, {"grad.q": Expected(reference(), reference())}, (2,), torch.float32)
+    verdict = judge_values({}, {"grad.q": Expected(reference(), reference())}, (2,))
     assert [f.code for f in verdict.facts] == ["gradient_missing"]
+
+
+def test_an_output_that_never_came_is_wrong() -> None:
+    verdict = judge_values({}, {"lse": Expected(reference(), reference())}, (2,))
+    assert [f.code for f in verdict.facts] == ["wrong_result"]
+
+
+def test_equal_infinities_are_no_error_and_an_unequal_one_is() -> None:
+    want = reference()
+    want[0, 0, 0] = math.inf
+    good = RankResult([want.float(), want.float()], (4, 5, 6), ("R",))
+    expected = {"lse": Expected(want.float().double(), want.float())}
+    assert judge_values({"lse": good}, expected, (2,)).facts == []
+    assert judge_values({"lse": good}, expected, (2,)).errors["lse"].max == 0.0
+    other = want.float().clone()
+    other[0, 0, 0] = -math.inf
+    bad = RankResult([other, other], (4, 5, 6), ("R",))
+    facts = judge_values({"lse": bad}, expected, (2,)).facts
+    assert {f.code for f in facts} >= {"nonfinite", "wrong_result"}
 
 
 def test_replicas_and_values_are_judged_apart() -> None:
@@ -83,7 +100,6 @@ def test_replicas_and_values_are_judged_apart() -> None:
         {"out": RankResult([want.float(), other], (4, 5, 6), ("R",))},
         {"out": Expected(want, want.float())},
         (2,),
-        torch.float32,
     )
     assert [f.code for f in verdict.facts] == ["replicas_differ"]
 

@@ -20,6 +20,7 @@ from attncheck import standins
 from attncheck.errors import UserError
 from attncheck.runner.reference import attention
 from attncheck.standins import flash_attn_2_cuda as kernels
+from attncheck.standins import flash_attn_package
 
 VERSIONS = ("2.7.4.post1", "2.8.3.post2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -385,8 +386,9 @@ def test_what_is_not_supported_is_named() -> None:
 
 def test_install_names_itself_and_is_harmless_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(__import__("sys").modules, "flash_attn_2_cuda", raising=False)
-    sentence = standins.install("flash_attn_2_cuda")
-    assert sentence == standins.install("flash_attn_2_cuda")
+    flash_attn_package.install()
+    flash_attn_package.install()
+    sentence = flash_attn_package.SENTENCE
     assert sentence.startswith("flash_attn_2_cuda: CPU reference kernels by attncheck")
     assert __import__("flash_attn_2_cuda").fwd is kernels.fwd
 
@@ -394,13 +396,12 @@ def test_install_names_itself_and_is_harmless_twice(monkeypatch: pytest.MonkeyPa
 def test_install_refuses_to_shadow_the_real_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "flash_attn_2_cuda", object())
     with pytest.raises(UserError, match="already loaded"):
-        standins.install("flash_attn_2_cuda")
+        flash_attn_package.install()
 
 
 def test_unknown_stand_in_names_the_known() -> None:
-    for function in (standins.install, standins.register_cpu_kernels):
-        with pytest.raises(UserError, match=r"stand-in .flash_attn_3_cuda.*flash_attn_2_cuda"):
-            function("flash_attn_3_cuda")
+    with pytest.raises(UserError, match=r"stand-in .flash_attn_3_cuda.*flash_attn_2_cuda"):
+        standins.provide("flash_attn_3_cuda")
 
 
 def test_packages_before_2_7_have_no_ops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +414,7 @@ def test_packages_before_2_7_have_no_ops(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
     with pytest.raises(UserError, match=r"flash-attn 2\.6\.3 has no dispatcher op .* 2\.7\.0"):
-        standins.register_cpu_kernels()
+        flash_attn_package.register_cpu_kernels()
 
 
 @pytest.mark.parametrize("version", VERSIONS)

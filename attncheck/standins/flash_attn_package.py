@@ -1,8 +1,9 @@
-"""CPU kernels for flash-attn's custom ops, which the package itself registers for CUDA only."""
+"""The stand-in for flash-attn's compiled module, and CPU kernels for its ops, which are CUDA only."""
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,10 @@ import torch
 
 from attncheck.errors import UserError
 
+SENTENCE = (
+    "flash_attn_2_cuda: CPU reference kernels by attncheck; flash_attn's own Python and op "
+    "registration run unchanged"
+)
 FLASH_ATTN_OPS = (
     "_flash_attn_forward",
     "_flash_attn_backward",
@@ -19,8 +24,34 @@ FLASH_ATTN_OPS = (
 )
 
 
-def register_flash_attn() -> tuple[str, ...]:
-    """Register the bodies of flash-attn's four ops for the CPU key too: `register_cpu_kernels`."""
+def provide() -> None:
+    """Put the stand-in in the place of the compiled module, then register CPU kernels for the ops.
+
+    Raises UserError where the real module is loaded already (whoever imported it keeps it, so a swap
+    would be a lie), ImportError where flash-attn is not installed.
+    """
+    install()
+    register_cpu_kernels()
+
+
+def install() -> None:
+    """Put `attncheck.standins.flash_attn_2_cuda` into sys.modules as `flash_attn_2_cuda`."""
+    name = "flash_attn_2_cuda"
+    module = importlib.import_module(f"attncheck.standins.{name}")
+    loaded = sys.modules.setdefault(name, module)
+    if loaded is not module:
+        raise UserError(
+            f"The compiled module {name} is already loaded (from "
+            f"{getattr(loaded, '__file__', 'memory')}), so its stand-in cannot take its place."
+        )
+
+
+def register_cpu_kernels() -> tuple[str, ...]:
+    """Register the bodies of flash-attn's four ops for the CPU key too; twice is harmless.
+
+    Returns the ops as PyTorch writes them. Raises UserError where the package has no dispatcher ops
+    (flash-attn before 2.7).
+    """
     interface = importlib.import_module("flash_attn.flash_attn_interface")
     ops = [_custom_op(interface, name) for name in FLASH_ATTN_OPS]
     bodies = [_body(op, name) for op, name in zip(ops, FLASH_ATTN_OPS, strict=True)]

@@ -1,0 +1,76 @@
+"""ATN104: the operator's kernel is no dispatcher op, so DTensor never gets to see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from attncheck.model import CaseResult, Finding, Remedy, Severity, Status
+from attncheck.rules import remedies
+from attncheck.rules.base import Rule, extent, group_by_op
+
+DOCS = """\
+## What it does
+Fires where a DTensor was about to be handed to a function that is no dispatcher op: a pybind
+extension, a Triton or CuTe kernel. attncheck stands in front of such functions and stops the call
+there; nothing was read through the pointer.
+
+## Why is this bad?
+DTensor works by intercepting dispatcher ops. It cannot intercept this one, no sharding strategy can
+be registered for it, and `DTensor.data_ptr()` is 0: the kernel reads from address 0, which ends the
+process on a CPU and is an illegal memory access on a GPU.
+
+## Example
+```python
+# flash-attn 2.6.3: flash_attn_func calls its compiled extension directly
+flash_attn_func(q, k, v)  # q, k, v are DTensors: flash_attn_2_cuda.fwd gets a null pointer
+```
+
+## What to do
+Hand it ordinary tensors: call it through `local_map`, which gives each rank its own shard. Or take
+a version that has a dispatcher op (flash-attn from 2.7.0 on), or another operator.
+"""
+
+EXCEPTION = "BypassesDispatcher"
+
+
+def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
+    for group in group_by_op(results, applies):
+        yield RULE.finding(
+            group,
+            f"{group.subject} is no dispatcher op: a DTensor would reach it as a null pointer "
+            f"in {group.cases}",
+            message=extent(group, results),
+            remedies=[
+                *remedies.local_map(group, results),
+                *remedies.working(group, results),
+                *_newer(group.subject),
+            ],
+        )
+
+
+def applies(result: CaseResult) -> bool:
+    outcome = result.outcome
+    return outcome.status is Status.ERROR and outcome.exception_type == EXCEPTION
+
+
+def _newer(function: str) -> list[Remedy]:
+    if not function.startswith("flash_attn_2_cuda.") or function.endswith("kvcache"):
+        return []
+    return [
+        remedies.untried(
+            "install",
+            "Take flash-attn 2.7.0 or newer, where the kernel is a dispatcher op; it then needs a "
+            "sharding strategy.",
+            "attncheck scan --with flash-attn\n",
+        )
+    ]
+
+
+RULE = Rule(
+    id="ATN104",
+    name="bypasses-dispatcher",
+    since="0.1.0",
+    severity=Severity.ERROR,
+    docs=DOCS,
+    judge=judge,
+)
