@@ -113,9 +113,15 @@ class Cell:
     total: int
 
 
+BOTH = "both"
+
+
 @dataclass(frozen=True)
 class Row:
-    """A line of a matrix: a cell for each of the view's placements, None where there is no case."""
+    """A line of a matrix: a cell for each of the view's placements, None where there is no case.
+
+    `direction` is `BOTH` where forward and backward have the same cells.
+    """
 
     operator: str
     setting: str
@@ -252,7 +258,7 @@ def build(report: Report) -> View:
         headline=_headline(report, works),
         placements=placements,
         rows=rows,
-        compact=_rows(planned, placements, with_setting=False),
+        compact=_merged(_rows(_ran(planned), placements, with_setting=False)),
         legend=tuple(status for status in Status if status in statuses),
         works=works,
         groups=groups,
@@ -410,6 +416,23 @@ def _rows(
     rows = _grouped(results, lambda r: (_who(r), setting(r), one_line(r.case.direction, 20)))
     keys = sorted(rows, key=lambda k: (order[k[0]], settings[k[1]], k[2] != "forward", k[2]))
     return tuple(Row(*key, cells=_cells(rows[key], placements)) for key in keys)
+
+
+def _ran(results: Sequence[CaseResult]) -> Sequence[CaseResult]:
+    """Without the operators of which nothing ran (they are in `not_run`), unless that is all of them."""
+    ran = {_who(r) for r in results if r.outcome.status is not Status.UNAVAILABLE}
+    return [r for r in results if _who(r) in ran] or results
+
+
+def _merged(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """One row where an operator's directions have the same cells."""
+    out: list[Row] = []
+    for row in rows:
+        if out and (out[-1].operator, out[-1].cells) == (row.operator, row.cells):
+            out[-1] = dataclasses.replace(out[-1], direction=BOTH)
+        else:
+            out.append(row)
+    return tuple(out)
 
 
 def _cells(results: Sequence[CaseResult], placements: Sequence[str]) -> tuple[Cell | None, ...]:

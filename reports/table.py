@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from attncheck.model import Report, Severity, Status
 from attncheck.view import (
+    BOTH,
     EXIT_CODES,
     SEVERITY_COLORS,
     STYLES,
@@ -35,7 +36,7 @@ MIN_WIDTH, MAX_WIDTH = 60, 200
 GAP = "  "
 # Names of placement patterns where the full ones do not fit the width.
 SHORT = {"replicate": "repl", "sequence": "seq", "head_dim": "hdim", "partial": "part"}
-DIRECTIONS = {"forward": "fwd", "backward": "bwd"}
+DIRECTIONS = {"forward": "fwd", "backward": "bwd", BOTH: "both"}
 NAME_WIDTH = 24  # of a column
 CODE_LINES, CODE_WIDTH = 20, 400  # of a remedy's code, without -v
 DETAIL_LINES, DETAIL_WIDTH = 3, 320  # of a finding's message, without -v

@@ -11,7 +11,16 @@ import strategies
 from hypothesis import HealthCheck, given, settings
 
 from attncheck import view
-from attncheck.model import Collective, Outcome, Remedy, Report, Severity, Status
+from attncheck.model import (
+    CaseResult,
+    Collective,
+    Outcome,
+    Reason,
+    Remedy,
+    Report,
+    Severity,
+    Status,
+)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +29,11 @@ def sample() -> view.View:
 
 
 def cell(sample: view.View, operator: str, direction: str, placement: str) -> view.Cell | None:
-    row = next(r for r in sample.compact if (r.operator, r.direction) == (operator, direction))
+    row = next(
+        r
+        for r in sample.compact
+        if r.operator == operator and r.direction in (direction, view.BOTH)
+    )
     return row.cells[sample.placements.index(placement)]
 
 
@@ -75,9 +88,32 @@ def test_a_failed_check_hides_a_pass_but_never_a_failure() -> None:
     assert status(Status.UNAVAILABLE, Status.UNAVAILABLE) is Status.UNAVAILABLE
 
 
+def test_equal_directions_share_a_row_and_different_ones_do_not() -> None:
+    compact = view.build(sample_report.sample()).compact
+    directions: dict[str, list[str]] = {}
+    for row in compact:
+        directions.setdefault(row.operator, []).append(row.direction)
+    assert [view.BOTH] in directions.values()
+    assert ["forward", "backward"] in directions.values()
+
+
+def test_an_operator_of_which_nothing_ran_takes_no_row() -> None:
+    first, *rest = sample_report.results()
+    case = dataclasses.replace(first.case, operator="gone")
+    gone = CaseResult(case, Outcome(Status.UNAVAILABLE, "no", reason=Reason.DEVICE_MISSING))
+    names = [r.operator for r in view.build(Report({}, (gone, *rest), ())).compact]
+    assert "gone" not in names
+    assert [r.operator for r in view.build(Report({}, (gone,), ())).compact] == ["gone"]
+
+
 def test_rows_cover_every_case_once(sample) -> None:
     for rows in (sample.rows, sample.compact):
-        total = sum(cell.total for row in rows for cell in row.cells if cell)
+        total = sum(
+            cell.total * (2 if row.direction == view.BOTH else 1)
+            for row in rows
+            for cell in row.cells
+            if cell
+        )
         unavailable = dict(sample.summary)[Status.UNAVAILABLE]
         assert total + unavailable == sum(n for _, n in sample.summary)
     assert len(sample.rows) > len(sample.compact)
