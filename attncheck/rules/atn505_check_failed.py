@@ -34,9 +34,9 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             group,
             f"{group.subject} was not judged: the check itself failed in {group.cases}",
             message=[
+                *texts[:3],
                 "This is a bug of attncheck or of the probe, not a verdict on the operator.",
                 *extent(group, results),
-                *texts[:3],
             ],
             remedies=[
                 Remedy(

@@ -45,7 +45,7 @@ class RankRecord:
     rank: int
     unavailable: tuple[Reason, str] | None = None
     exception: tuple[str, str, str] | None = None  # type, text, the op it came from
-    failure: str = ""  # the check itself failed: a traceback
+    failure: str = ""  # the check itself failed: why
     trace: Trace = field(default_factory=Trace)
     results: dict[str, Local] = field(default_factory=dict)
     warm: dict[str, Local] | None = None
@@ -89,6 +89,12 @@ def prepare(operator: Operator, setting: Setting, seed: int, device: str) -> Pre
         # What kernels raise when they refuse. Anything else (TypeError, NameError ...) is a fault of the
         # probe, and is left to end as `unknown`.
         refused = (Reason.SETTING_REFUSED, f"{type(error).__name__}: {error}")
+    except ProbeError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ProbeError(
+            f"{operator.name}: the call on whole plain tensors raised {type(error).__name__}: {error}"
+        ) from error
     return Prepared(operator, setting, specs, wholes, unsharded, refused)
 
 
@@ -171,7 +177,11 @@ def run_reference(prepared: Prepared, seed: int) -> dict[str, torch.Tensor]:
         leaves[spec.name] = whole.detach().clone().requires_grad_(spec.requires_grad)
     if not callable(prepared.operator.reference):
         raise ProbeError(f"{who} is missing; expected a function that computes the same in float64")
-    outputs = named_outputs(prepared.operator.reference(prepared.setting, leaves), who)
+    try:
+        returned = prepared.operator.reference(prepared.setting, leaves)
+    except (Exception, SystemExit) as error:
+        raise ProbeError(f"{who} raised {type(error).__name__}: {error}") from error
+    outputs = named_outputs(returned, who)
     out = outputs["out"]
     for name, value in prepared.unsharded.items():
         if not name.startswith("grad.") and name in outputs and outputs[name].shape != value.shape:
@@ -314,9 +324,11 @@ def run_case(
     return record
 
 
-def failed_record(rank: int) -> RankRecord:
-    """The record of a rank on which attncheck or the probe's own code failed."""
-    return RankRecord(rank, failure=traceback.format_exc(limit=-4))
+def failed_record(rank: int, error: BaseException) -> RankRecord:
+    """The record of a rank on which attncheck or the probe's own code failed; the trace goes to its log."""
+    traceback.print_exception(error, limit=-4)
+    text = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
+    return RankRecord(rank, failure=text)
 
 
 def _describe(error: BaseException, op: str) -> tuple[str, str, str]:

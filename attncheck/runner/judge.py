@@ -45,6 +45,13 @@ _WRONG = {
 _NOISE = re.compile(r"0x[0-9a-f]+|\d+")
 
 
+def failed(records: Sequence[RankRecord], seed: int, hash_seeds: Sequence[int]) -> Outcome:
+    """The outcome where attncheck or the probe failed on some rank."""
+    why = next(r.failure for r in records if r.failure)
+    ranks = tuple(_rank_state(r, hash_seeds) for r in records)
+    return Outcome(Status.UNKNOWN, f"the check failed: {why}", ranks=ranks, seed=seed)
+
+
 def judge(
     case: Case,
     prepared: Prepared,
@@ -55,11 +62,10 @@ def judge(
     standins: tuple[str, ...],
 ) -> Outcome:
     """The outcome of one case; `records` in rank order."""
+    if any(r.failure for r in records):
+        return failed(records, seed, hash_seeds)
     ranks = tuple(_rank_state(r, hash_seeds) for r in records)
     base = Outcome(Status.UNKNOWN, ranks=ranks, seed=seed)
-    failure = next((r.failure for r in records if r.failure), "")
-    if failure:
-        return replace(base, message=f"the check failed: {failure.strip().splitlines()[-1]}")
     unavailable = next((r.unavailable for r in records if r.unavailable), None)
     if unavailable:
         reason, text = unavailable

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from attncheck import plugins, standins
 from attncheck.errors import UserError
-from attncheck.model import Case, Outcome, Reason, Status
+from attncheck.model import Case, Outcome, Reason
 from attncheck.probing import Operator
 from attncheck.runner import case as cases
 from attncheck.runner import compat, guard, journal, judge, recover
@@ -160,8 +160,8 @@ class Worker:
                 "prepare": prepared_at - began,
                 "run": time.perf_counter() - prepared_at,
             }
-        except (Exception, SystemExit):  # a probe that calls exit() ends its case, not the scan
-            prepared, record = None, cases.failed_record(self.rank)
+        except (Exception, SystemExit) as error:  # a probe's exit() ends its case, not the scan
+            prepared, record = None, cases.failed_record(self.rank, error)
         self.state.set("done")
         if self.journal is None:
             self.store.set(f"record/{index}/{self.rank}", _pack(record))
@@ -190,8 +190,8 @@ class Worker:
         try:
             outcome = self._judge(case, prepared, records)
         except (Exception, SystemExit) as error:
-            message = f"the oracle failed: {type(error).__name__}: {error}"
-            outcome = Outcome(Status.UNKNOWN, message, seed=self.config.seed)
+            failed = [cases.failed_record(self.rank, error)]
+            outcome = judge.failed(failed, self.config.seed, self.config.hash_seeds)
         again = b"restart" if judge.collectives_differ(records) else b"go"
         seconds = {
             **record.seconds,
@@ -203,9 +203,9 @@ class Worker:
         return again
 
     def _judge(self, case: Case, prepared: Prepared | None, records: list[RankRecord]) -> Outcome:
+        if prepared is None:  # this rank's record says why
+            return judge.failed(records, self.config.seed, self.config.hash_seeds)
         expected: Mapping[str, Expected] = {}
-        if prepared is None:
-            prepared = self._prepare(case)
         if prepared.refused is None:
             expected = self._expect(case, prepared)
         return judge.judge(
