@@ -73,7 +73,7 @@ def test_healthy_twins_are_supported(report: dict[str, Any], name: str) -> None:
         ("hang", "no answer within"),
         ("diverged_collective", "all_reduce"),
         ("diverged_exception", "only rank 1 refuses"),
-        ("check_failed", "reference raised RuntimeError: the reference is broken"),
+        ("check_failed", "reference raised KeyError: 'planted: the reference is broken'"),
         ("reference_of_wrong_shape", "reference gives out of shape (3, 6, 4, 8)"),
         ("reference_forgotten", "reference is missing"),
         ("returns_nothing", "call returned NoneType"),
