@@ -14,7 +14,11 @@ from attncheck.errors import unknown
 
 # Name -> the module that provides it.
 KNOWN: Mapping[str, str] = {
+    "aten_attention": "attncheck.standins.aten_attention",
     "flash_attn_2_cuda": "attncheck.standins.flash_attn_package",
+    "flash_attn_3": "attncheck.standins.flash_attn_3",
+    "varlen_attn": "attncheck.standins.varlen_attn",
+    "xformers": "attncheck.standins.xformers_ops",
 }
 
 
