@@ -75,7 +75,13 @@ def _many(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
     metavar="PACKAGE",
     help="Provision a package's Python part and run it on CPU stand-ins: flash-attn[==VERSION].",
 )
-@_many("--probe", metavar="FILE", help="A probe file of your own. Its code is run.")
+@_many("--probe", "probes", metavar="FILE", help="A probe file of your own. Its code is run.")
+@_many(
+    "--import",
+    "imports",
+    metavar="MODULE",
+    help="Import it, and scan the attention ops that it registers. Its code is run.",
+)
 @click.option(
     "--seed", type=int, help="Seed of all values (default: fresh; the report records it)."
 )
@@ -138,8 +144,8 @@ def _scan(options: dict[str, Any]) -> Report:
     with _progress(options["quiet"]) as show:
         if options["resume"]:
             return runner.resume(options["run-dir"], _log, show)
-        for probe in options["probe"]:
-            _log(f"running the code of {probe}")
+        for code in (*options["probes"], *options["imports"]):
+            _log(f"running the code of {code}")
         request = runner.ScanRequest(
             selection=Selection(
                 operators=options["operator"],
@@ -157,7 +163,8 @@ def _scan(options: dict[str, Any]) -> Report:
             else runner.FIRST_HASH_SEED,
             case_timeout=_positive("--case-timeout", options["case-timeout"]),
             with_packages=options["with"],
-            probe_files=options["probe"],
+            probe_files=options["probes"],
+            imports=options["imports"],
             select_rules=options["select"],
             ignore_rules=options["ignore"],
             run_dir=options["run-dir"],
@@ -330,15 +337,50 @@ def report(file: Path, format_: str, output: Path | None, verbose: bool) -> None
 
 @main.command("list")
 @click.option("--cases", is_flag=True, help="List the cases that a scan at --level would run.")
-@click.option("--level", default="default", metavar="NAME", help="quick, default or full.")
 @click.option(
-    "--probe", multiple=True, metavar="FILE", help="A probe file of your own. Its code is run."
+    "--kernel-ops",
+    is_flag=True,
+    help="List every attention-like op registered in the process, and what DTensor has for it.",
 )
-def list_(cases: bool, level: str, probe: tuple[str, ...]) -> None:
+@click.option("--level", default="default", metavar="NAME", help="quick, default or full.")
+@_many("--probe", "probes", metavar="FILE", help="A probe file of your own. Its code is run.")
+@_many("--import", "imports", metavar="MODULE", help="Import it first (with --kernel-ops).")
+@_many(
+    "--with",
+    "with_",
+    metavar="PACKAGE",
+    help="Provision it first, as scan does (with --kernel-ops).",
+)
+def list_(cases: bool, kernel_ops: bool, level: str, **given: tuple[str, ...]) -> None:
     """List probes, operators, settings, placements, rules and formats."""
-    from attncheck import listing
+    from attncheck import config, listing
 
-    click.echo(listing.cases(level, probe) if cases else listing.everything(probe), nl=False)
+    options = _merge(config.load(Path.cwd()), given)
+    if kernel_ops:
+        text = listing.kernel_ops(options["probes"], options["imports"], options["with"], _log)
+    elif cases:
+        text = listing.cases(level, options["probes"])
+    else:
+        text = listing.everything(options["probes"])
+    click.echo(text, nl=False)
+
+
+@main.group()
+def new() -> None:
+    """Write a file to start from."""
+
+
+@new.command("probe")
+@click.argument("name")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=Path(), help="Where (default: here)."
+)
+def new_probe(name: str, folder: Path) -> None:
+    """Write NAME.py, a documented probe that runs as it is, to be changed into your own."""
+    from attncheck import scaffold
+
+    path = scaffold.new_probe(name, folder)
+    click.echo(f"Wrote {path}. It runs as it is:\n\n  attncheck scan --probe {path} -k '{name}*'\n")
 
 
 @main.command()

@@ -14,7 +14,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# Key -> kind: the options of `attncheck scan` under the same names.
+# Key -> kind: the options of `attncheck scan` under the same names; `probes` and `imports` hold what
+# `--probe` and `--import` give one by one.
 KEYS: Mapping[str, type] = {
     "level": str,
     "ranks": int,
@@ -28,7 +29,8 @@ KEYS: Mapping[str, type] = {
     "select": list,
     "ignore": list,
     "with": list,
-    "probe": list,
+    "probes": list,
+    "imports": list,
     "case-timeout": float,
     "fail-on": str,
 }
@@ -58,6 +60,8 @@ def parse(file: Path) -> dict[str, Any]:
         if key not in KEYS:
             raise unknown(f"key in [tool.attncheck] of {file}:", key, KEYS)
         out[key] = _checked(file, key, value)
+    if "probes" in out:  # a path in a file is meant from that file, wherever the command is run
+        out["probes"] = tuple(str(file.parent / path) for path in out["probes"])
     return out
 
 

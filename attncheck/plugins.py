@@ -1,17 +1,20 @@
 """Finds what lies on the shelves probes/ and reports/, built in or the user's; loads it by path.
 
 A plug-in is a plain file: nothing is installed or registered, and a user's own works exactly as the
-built-in ones do. Loading one runs its code. Imports no torch.
+built-in ones do. A package can ship probes, too: each entry point of the group `attncheck.probes` names
+a module of it, which is loaded as a file like the others. Loading one runs its code. Imports no torch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import importlib.metadata
 import importlib.util
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -20,6 +23,7 @@ from attncheck.errors import UserError, unknown
 from attncheck.probing import Operator, Probe
 
 if TYPE_CHECKING:
+    from attncheck.inventory import RegisteredOp
     from attncheck.model import Report
 
 Shelf = Literal["probes", "reports"]
@@ -27,6 +31,7 @@ Shelf = Literal["probes", "reports"]
 # Plug-ins are registered in `sys.modules` below this name, so that a json.py shadows nothing.
 # Registered they must be: a frozen dataclass looks up its own module while it is defined.
 NAMESPACE = "attncheck._shelf"
+ENTRY_POINTS = "attncheck.probes"
 
 
 def builtin_dir(shelf: Shelf) -> Path:
@@ -60,13 +65,19 @@ class ProbeShelf:
 
 
 def load_probes(extra: Iterable[Path] = ()) -> ProbeShelf:
-    """Load the built-in probes and those in `extra` (files, or folders of them).
+    """Load the built-in probes, those that installed packages ship, and those in `extra` (files, or
+    folders of them).
 
     A file that cannot be loaded becomes one sentence in `errors`; the others are still loaded.
     """
     probes: dict[Path, Probe] = {}
-    errors: list[tuple[Path, str]] = []
-    paths = [*_python_files(builtin_dir("probes")), *(p for e in extra for p in _expand(e))]
+    shipped, unfound = _shipped_probes()
+    errors = list(unfound)
+    paths = [
+        *_python_files(builtin_dir("probes")),
+        *shipped,
+        *(p for e in extra for p in _expand(e)),
+    ]
     for path in dict.fromkeys(path.resolve() for path in paths):
         try:
             probe = load_probe_file(path)
@@ -76,6 +87,32 @@ def load_probes(extra: Iterable[Path] = ()) -> ProbeShelf:
         else:
             probes[path] = probe
     return ProbeShelf(tuple(probes.values()), tuple(probes), tuple(errors))
+
+
+def _shipped_probes() -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The files that entry points name, and a sentence for each that is not there.
+
+    The packages themselves are not imported: theirs may load torch, or take seconds.
+    """
+    found, errors = [], []
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        top, *rest = entry.module.split(".")
+        spec = importlib.util.find_spec(top)
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+        files = [Path(folder, *rest).with_suffix(".py") for folder in folders]
+        if not rest and spec is not None and spec.origin is not None and not folders:
+            files = [Path(spec.origin)]
+        file = next((f for f in files if f.is_file()), None)
+        if file is not None:
+            found.append(file)
+            continue
+        owner = entry.dist.name if entry.dist else "an installed package"
+        sentence = (
+            f"Probe file {entry.name} of {owner} is not there: its entry point in {ENTRY_POINTS} names "
+            f"the module {entry.module}; expected a module that is one Python file."
+        )
+        errors.append((Path(f"{entry.name}.py"), sentence))
+    return found, errors
 
 
 def load_probe_file(path: Path) -> Probe:
@@ -96,6 +133,12 @@ def load_probe_file(path: Path) -> Probe:
     return probe
 
 
+def with_discovered(probe: Probe, ops: Sequence[RegisteredOp]) -> Probe:
+    """The probe with the operators that it makes of registered ops; itself where it makes none."""
+    found = probe.discover(ops) if probe.discover is not None and ops else ()
+    return dataclasses.replace(probe, operators=(*probe.operators, *found)) if found else probe
+
+
 def _check_operators(probe: Probe, path: Path) -> None:
     names: set[str] = set()
     for operator in probe.operators:
@@ -107,7 +150,7 @@ def _check_operators(probe: Probe, path: Path) -> None:
         if operator.name in names:
             raise UserError(f"Probe file {path} defines the operator {operator.name!r} twice.")
         names.add(operator.name)
-    if not names:
+    if not names and probe.discover is None:
         raise UserError(f"Probe file {path}: PROBE.operators is empty; expected at least one.")
 
 

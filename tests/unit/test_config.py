@@ -33,6 +33,18 @@ def test_found_from_a_folder_below(tmp_path: Path) -> None:
     assert config.load(below) == {"level": "full"}
 
 
+def test_probes_are_meant_from_the_file_that_names_them(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        '[tool.attncheck]\nprobes = ["mine.py", "/abs/x.py"]\nimports = ["kernels_of_ours"]\n',
+    )
+    (tmp_path / "below").mkdir()
+    assert config.load(tmp_path / "below") == {
+        "probes": (str(tmp_path / "mine.py"), "/abs/x.py"),
+        "imports": ("kernels_of_ours",),
+    }
+
+
 def test_no_table_is_no_configuration(tmp_path: Path) -> None:
     assert config.parse(write(tmp_path, "[project]\nname = 'x'\n")) == {}
 

@@ -168,6 +168,46 @@ def test_names_are_unique(write, probe, operator, sentence) -> None:
     assert [p.name for p in shelf.probes].count("sdpa") == 1
 
 
+# --- probes that packages ship -------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An installed package `shipped` whose entry point names `module`."""
+
+    def install(module: str) -> Path:
+        folder = tmp_path / "site"
+        (folder / "shipped").mkdir(parents=True)
+        (folder / "shipped" / "__init__.py").write_text("raise ImportError('must not be imported')")
+        (folder / "shipped" / "probes.py").write_text(mine("shipped", "shipped_attention"))
+        info = folder / "shipped-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shipped\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[attncheck.probes]\nours = {module}\n")
+        monkeypatch.syspath_prepend(folder)
+        return folder
+
+    return install
+
+
+def test_an_entry_point_names_a_probe_file_of_a_package(package) -> None:
+    folder = package("shipped.probes")
+    shelf = plugins.load_probes()
+    assert shelf.errors == ()
+    assert "shipped" in {p.name for p in shelf.probes}
+    assert folder / "shipped" / "probes.py" in shelf.files
+
+
+@pytest.mark.parametrize("module", ["shipped.nothing", "nowhere.probes"])
+def test_an_entry_point_that_leads_nowhere_costs_nobody_else(package, module) -> None:
+    package(module)
+    shelf = plugins.load_probes()
+    ((_, sentence),) = shelf.errors
+    assert sentence.startswith("Probe file ours of shipped is not there")
+    assert module in sentence
+    assert len(shelf.probes) > 2
+
+
 # --- formats -------------------------------------------------------------------------------------
 
 
