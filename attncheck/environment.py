@@ -34,6 +34,12 @@ def packages(path: Iterable[str] = ()) -> dict[str, str]:
     return found
 
 
+def is_installed(distribution: str, path: Iterable[str] = ()) -> bool:
+    """Whether there is such a distribution here, or on the extra folders `path`."""
+    search = [*path, *sys.path]
+    return any(True for _ in importlib.metadata.distributions(name=distribution, path=search))
+
+
 def describe(path: Iterable[str] = ()) -> dict[str, Any]:
     """The version part of a report's environment."""
     return {

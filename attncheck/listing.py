@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 
-from attncheck import plugins, rules
+from attncheck import inventory, plugins, provision, rules
+from attncheck.inventory import Inventory, RegisteredOp
 from attncheck.plan import Selection, count_by, plan
 from attncheck.probing import PATTERNS, Probe
+
+Log = Callable[[str], None]
 
 
 def everything(probe_files: Sequence[str]) -> str:
@@ -26,6 +29,59 @@ def cases(level: str, probe_files: Sequence[str]) -> str:
     counts = ", ".join(f"{name} {n}" for name, n in count_by(planned, "operator").items())
     ids = "".join(f"{case.id}\n" for case in planned)
     return f"{ids}{len(planned)} cases at level {level} on 2 ranks: {counts}\n"
+
+
+def kernel_ops(
+    probe_files: Sequence[str], imports: Sequence[str], with_packages: Sequence[str], log: Log
+) -> str:
+    """Every attention-like op in a process that has made all probes' operators available. Needs torch."""
+    shelf = plugins.load_probes([Path(p) for p in probe_files])
+    path = [str(provision.ensure(provision.parse(r), log=log)) for r in with_packages]
+    look = inventory.Look(
+        imports=tuple(imports),
+        probe_files=tuple(str(file) for file in shelf.files),
+        path=tuple(path),
+    )
+    found = inventory.take(look)
+    operators: dict[str, list[str]] = {}
+    for probe in shelf.probes:
+        for operator in probe.operators:
+            for op in operator.kernel_ops:
+                operators.setdefault(op, []).append(operator.name)
+    return _kernel_ops(found, operators)
+
+
+_ANSWERS = {
+    "registered": "strategy",
+    "decomposition": "by decomposition, at each call",
+    "composite": "decomposed before DTensor sees it",
+    "none": "none",
+}
+_CAVEATS = """\
+strategy: registered, which does not mean right: a scan calls it. none: DTensor refuses the op.
+The answer can depend on arguments (a decomposition is tried anew for each call, a strategy can refuse a bias
+or a number of heads), on the direction (a backward is an op of its own, listed here with its own answer) and
+on the mode (in eval without gradients nn.MultiheadAttention and nn.TransformerEncoderLayer take the fast
+path of aten._native_multi_head_attention and aten._transformer_encoder_layer_fwd; in training they do not).
+"""
+
+
+def _kernel_ops(found: Inventory, operators: Mapping[str, Sequence[str]]) -> str:
+    rows = [
+        (op.op, _ANSWERS[op.strategy], ", ".join(op.kernels) or "-", _called_by(operators, op))
+        for op in found.ops
+    ]
+    parts = [tabulate(rows, ["kernel op", "DTensor has", "kernels", "scanned by"]) + "\n"]
+    parts += [
+        "".join(f"{op.op}, {line}\n" for line in op.depends) for op in found.ops if op.depends
+    ]
+    parts += [f"{p.module} does not import: {p.text}\n" for p in found.problems]
+    return "\n".join([*parts, _CAVEATS])
+
+
+def _called_by(operators: Mapping[str, Sequence[str]], op: RegisteredOp) -> str:
+    names = operators.get(op.op, [])
+    return ", ".join([*names[:2], f"and {len(names) - 2} more"] if len(names) > 2 else names) or "-"
 
 
 def _probes(probes: Sequence[Probe]) -> str:

@@ -80,6 +80,7 @@ class Reason(str, Enum):
     SETTING_REFUSED = "setting_refused"
     PROBE_NOT_LOADABLE = "probe_not_loadable"
     OP_MISSING = "op_missing"
+    SIGNATURE_UNKNOWN = "signature_unknown"
     NOT_RUN = "not_run"
 
 
@@ -107,6 +108,11 @@ class Case:
     @property
     def setting_name(self) -> str:
         return str(self.setting["name"])
+
+
+# Stands for setting, placement and direction in the entry of what no case could be planned of: a probe
+# file that does not load, an op that nobody knows how to call.
+UNPLANNED = "-"
 
 
 def case_id(

@@ -11,12 +11,17 @@ be stated once (`heads`) and mean `S(1)` in a (batch, heads, sequence, head_dim)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Union
 
 if TYPE_CHECKING:
     import torch
+
+    from attncheck.inventory import RegisteredOp
 
 BATCH = "batch"
 HEADS = "heads"
@@ -79,8 +84,9 @@ class Tensor:
     """A tensor argument of an operator.
 
     `dims` names the role of each dim, `sizes` gives its size. `fill`: `normal` (asymmetric random
-    values), `bool_mask`, `float_mask`, `slopes` (positive, one a head), `zeros`, `eye` (identity in the
-    last two dims), or `values` for the integers in `values`. `wrap`: how it meets the operator:
+    values), `weight` (the same over the root of the last size, as a layer's), `bool_mask`, `float_mask`,
+    `slopes` (positive, one a head), `zeros`, `eye` (identity in the dims kv_sequence and head_dim, or
+    the last two), or `values` for the integers in `values`. `wrap`: how it meets the operator:
     `pattern` (a DTensor placed by the case's pattern), `replicate` (always a replicated DTensor) or
     `plain` (an ordinary tensor). `dtype`: None for the setting's own. `mutable`: the operator writes
     into it (a KV cache); any other argument that changes is a fault of the probe.
@@ -98,6 +104,19 @@ class Tensor:
 
     def __post_init__(self) -> None:
         assert len(self.dims) == len(self.sizes), f"{self.name}: {self.dims} against {self.sizes}"
+
+
+def refuse_unknown(function: Callable[..., Any], keywords: Iterable[str]) -> None:
+    """Raise ValueError for keywords that this version's `function` does not take.
+
+    For a probe's `call`: what an older version lacks is a setting that it refuses, and the outcome says
+    so; the TypeError of the call itself would be a fault of the probe.
+    """
+    parameters = inspect.signature(function).parameters
+    if unknown := sorted(set(keywords) - set(parameters)):
+        package = function.__module__.partition(".")[0]
+        version = getattr(sys.modules.get(package), "__version__", "this version")
+        raise ValueError(f"{function.__name__} of {package} {version} has no {', '.join(unknown)}")
 
 
 Tensors = Mapping[str, "torch.Tensor"]
@@ -120,7 +139,9 @@ class Operator:
     dispatcher ops, as `module:function` or `module` for all of a module's; a DTensor has a null data
     pointer there, so they are guarded and never see one. `function` is the import path of the function
     where `name` is a shorthand (one function, several backends). `slow`: known to be dear to propagate;
-    the planner runs it after the others.
+    the planner runs it after the others. `devices_because`: why it runs on `devices` alone, for whoever
+    asks for another. `around()` makes the context that holds during each call and its backward, for an
+    operator that is chosen by a switch of the process; the others run without it.
     """
 
     name: str
@@ -138,12 +159,21 @@ class Operator:
     devices: tuple[str, ...] = ("cpu", "cuda")
     function: str = ""
     slow: bool = False
+    devices_because: str = ""
+    around: Callable[[], AbstractContextManager[object]] | None = None
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A family of operators: what one file on the probes shelf defines as `PROBE`."""
+    """A family of operators: what one file on the probes shelf defines as `PROBE`.
+
+    `imports` maps distributions to the module of each whose import registers its ops: it is imported
+    where the distribution is installed. `discover` makes operators of ops that were found registered
+    and that no probe names; such a probe needs no `operators` of its own.
+    """
 
     name: str
     summary: str
-    operators: tuple[Operator, ...]
+    operators: tuple[Operator, ...] = ()
+    imports: Mapping[str, str] = field(default_factory=dict)
+    discover: Callable[[Sequence[RegisteredOp]], tuple[Operator, ...]] | None = None

@@ -17,6 +17,7 @@ from enum import Enum
 from typing import Any, TypeVar, cast
 
 from attncheck.model import (
+    UNPLANNED,
     CaseResult,
     Finding,
     MissingOp,
@@ -93,6 +94,7 @@ REASONS: Mapping[Reason, str] = {
     Reason.SETTING_REFUSED: "the operator refuses this setting",
     Reason.PROBE_NOT_LOADABLE: "probe not loadable",
     Reason.OP_MISSING: "kernel op not registered",
+    Reason.SIGNATURE_UNKNOWN: "nothing says how to call it",
     Reason.NOT_RUN: "not run",
 }
 
@@ -247,8 +249,8 @@ class View:
 def build(report: Report) -> View:
     """Everything that a format needs of a report, for any report that `load_report` accepts."""
     report = _clean_tree(report)
-    # A probe file that did not load has no operators or placements to lay out; it is in `not_run`.
-    planned = [r for r in report.cases if r.outcome.reason is not Reason.PROBE_NOT_LOADABLE]
+    # What no case could be planned of has nothing to lay out; it is in `not_run`.
+    planned = [r for r in report.cases if r.case.placement != UNPLANNED]
     placements = _placements(planned)
     rows = _rows(planned, placements, with_setting=True)
     works = tuple(_works(planned, placement) for placement in placements)
@@ -704,9 +706,17 @@ def _reason(outcome: Outcome) -> str:
     return REASONS[outcome.reason] if outcome.reason else "unavailable, no reason given"
 
 
+def _detail(outcome: Outcome) -> str:
+    """What was said, on one line. Of a refusal in many lines, the first: ATN401 shows them all."""
+    said = outcome.message.strip()
+    if outcome.status is Status.UNAVAILABLE:
+        said = said.partition("\n")[0]
+    return one_line(said, 300)
+
+
 def _not_run(results: Iterable[CaseResult]) -> tuple[NotRun, ...]:
     idle = [result for result in results if not result.outcome.status.ran]
-    groups = _grouped(idle, lambda r: (_reason(r.outcome), one_line(r.outcome.message, 300)))
+    groups = _grouped(idle, lambda r: (_reason(r.outcome), _detail(r.outcome)))
     found = [
         NotRun(len(own), reason, detail, tuple(dict.fromkeys(map(_who, own))))
         for (reason, detail), own in groups.items()

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from attncheck.model import CaseResult, Finding, Reason, Remedy, Severity
+from attncheck.provision import PROVISIONABLE
 from attncheck.rules import remedies, unavailable, wording
 from attncheck.rules.base import Group, Rule, operators
 
 DOCS = """\
 ## What it does
-Names operators that this scan could not run: a package, a kernel op or a device is missing, or the
-operator itself refuses the setting on whole tensors, before any distribution.
+Names operators that this scan could not run: a package, a kernel op or a device is missing, the
+operator itself refuses the setting on whole tensors, before any distribution, or it is an op that
+some package registered and nothing says how to call it.
 
 ## Why is this bad?
 It is not, by itself. But nothing is known of the operator then, and a gap that is not written
@@ -26,21 +28,22 @@ import flash_attn
 ```
 
 ## What to do
-For flash-attn run `attncheck scan --with flash-attn`; it needs no GPU. For other packages install
-them, for a missing device run the scan where the device is. A setting that the operator refuses
-needs nothing: it is listed so that you know it was not judged.
+For flash-attn run `attncheck scan --with flash-attn`, for xformers `--with xformers`; neither needs a
+GPU. Install other packages; for a missing device run the scan where the device is. A setting that the
+operator refuses needs nothing: it is listed so that you know it was not judged.
 """
 
 # A case without a reason is unavailable all the same. `not_run` is not among them: a scan that was
 # cut short says nothing about the operator.
 ABSENT = (Reason.PACKAGE_MISSING, Reason.OP_MISSING, Reason.DEVICE_MISSING, None)
-REFUSED = (Reason.SETTING_REFUSED,)
+REFUSED = (Reason.SETTING_REFUSED, Reason.SIGNATURE_UNKNOWN)
 
 _WORDS = {
     Reason.PACKAGE_MISSING: "a package is missing",
     Reason.OP_MISSING: "its kernel op is not registered",
     Reason.DEVICE_MISSING: "a device is missing",
     Reason.SETTING_REFUSED: "it refuses the setting on whole tensors",
+    Reason.SIGNATURE_UNKNOWN: "nothing says how to call it",
     None: "no reason was given",
 }
 _REQUIREMENT = re.compile(
@@ -69,7 +72,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
                 unavailable.settings(group),
                 *unavailable.texts(group),
             ],
-            remedies=[*_package(group), *_device(group)],
+            remedies=[*_package(group), *_device(group), *_signature(group)],
         )
 
 
@@ -82,9 +85,11 @@ def _package(group: Group) -> list[Remedy]:
     if not missing:
         return []
     wanted = sorted({_requirement(r.outcome.message) for r in missing} - {""})
-    if "flash-attn" in {_bare(name) for name in wanted or [missing[0].case.probe]}:
-        text = "Let attncheck bring flash-attn into its own environment; this needs no GPU."
-        return [remedies.untried("install", text, "attncheck scan --with flash-attn\n")]
+    named = {_bare(name) for name in wanted or [missing[0].case.probe]}
+    if brought := [name for name in PROVISIONABLE if name in named]:
+        text = f"Let attncheck bring {' and '.join(brought)} into its own environment; this needs no GPU."
+        options = " ".join(f"--with {name}" for name in brought)
+        return [remedies.untried("install", text, f"attncheck scan {options}\n")]
     if not wanted:
         return [remedies.untried("install", "Install the package that the message names.")]
     return [
@@ -95,6 +100,13 @@ def _package(group: Group) -> list[Remedy]:
             "pip install " + " ".join(f"'{w}'" for w in wanted) + "\n",
         )
     ]
+
+
+def _signature(group: Group) -> list[Remedy]:
+    if not _with_reason(group, Reason.SIGNATURE_UNKNOWN):
+        return []
+    text = "Say in a probe of your own how it is called; then it is scanned like the others."
+    return [remedies.untried("report", text, "attncheck new probe my_kernel\n")]
 
 
 def _requirement(message: str) -> str:

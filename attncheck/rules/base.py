@@ -6,11 +6,11 @@ Nothing here may depend on the order of the results: the same outcomes make the 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from attncheck.inventory import without_build_id
 from attncheck.model import (
     Case,
     CaseResult,
@@ -63,7 +63,7 @@ class Rule:
             title=title,
             kernel_op=group.kernel_op,
             cases=tuple(result.case.id for result in group.results),
-            fingerprint=fingerprint(self.id, _stable(group.subject)),
+            fingerprint=fingerprint(self.id, without_build_id(group.subject)),
             message="\n".join(line for line in message if line),
             remedies=tuple(remedies),
         )
@@ -82,11 +82,6 @@ class Group:
     def cases(self) -> str:
         """`12 cases of flash_attn_func, flash_attn_varlen_func`."""
         return f"{wording.count(len(self.results), 'case')} of {operators(self.results)}"
-
-
-def _stable(subject: str) -> str:
-    # Hugging Face `kernels` puts a build id into its op namespaces (`_flash_attn_9e27194::fwd`).
-    return re.sub(r"^(_\w+?)_[0-9a-f]{7,40}(?=\.)", r"\1", subject)
 
 
 def group_by(

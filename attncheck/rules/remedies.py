@@ -368,7 +368,7 @@ def local_map(group: Group, results: Sequence[CaseResult]) -> list[Remedy]:
     for pick in (_own_target, _heads_target, _replicated_target):
         for result in ordered:
             if target := pick(result, results):
-                return [_local_map_remedy(result.case, target)]
+                return [_local_map_remedy(result.case, target, _is_higher_order(group.kernel_op))]
     return []
 
 
@@ -441,13 +441,11 @@ def _target_from(result: CaseResult) -> _Target | None:
     return _Target(case.placement, inputs, out, any(sharded) and not all(sharded))
 
 
-def _local_map_remedy(case: Case, target: _Target) -> Remedy:
-    name = (case.function or case.operator.partition("[")[0]).rpartition(".")[2]
-    function = name if name.isidentifier() else "attention_function"
+def _local_map_remedy(case: Case, target: _Target, higher_order: bool) -> Remedy:
     placements = "".join(f"        {text},  # {name}\n" for name, text in target.inputs.items())
     body = (
         "attention = local_map(\n"
-        f"    {function},  # bind its other arguments with functools.partial\n"
+        f"    {_callee(case)},  # bind its other arguments with functools.partial\n"
         f"    out_placements={target.output},  # a list: one output\n"
         f"    in_placements=(\n{placements}    ),\n"
         "    device_mesh=mesh,\n"
@@ -468,18 +466,48 @@ def _local_map_remedy(case: Case, target: _Target) -> Remedy:
     )
     if _is_replicate(target.pattern):
         text = "Call it through `local_map` with replicated inputs: every rank computes it all."
+    elif higher_order:
+        text += f" {_LOCAL_POSITIONS}"
     return untried("route", text, code)
+
+
+# Measured on torch 2.13: a bias by head index is silently wrong on every rank but the first.
+_LOCAL_POSITIONS = (
+    "A function that it calls (`score_mod`, `mask_mod`) then gets positions in the shard, not in the whole."
+)
+
+
+def _is_higher_order(op: str) -> bool:
+    return op.startswith("higher_order.")
+
+
+def _callee(case: Case) -> str:
+    """What the operator is called in code; an op of the dispatcher by its whole path."""
+    path = case.function or case.operator.partition("[")[0]
+    name = path if path.startswith("torch.ops.") else path.rpartition(".")[2]
+    return name if name.replace(".", "_").isidentifier() else "attention_function"
 
 
 def strategy(op: str) -> list[Remedy]:
     """Teach DTensor the op, and say where that goes wrong."""
     if not op:
         return []
+    if _is_higher_order(op):
+        return [
+            untried(
+                "strategy",
+                f"`{op}` is a higher-order op, which `register_sharding` does not take: give it a rule "
+                f"for DTensor, `torch.ops.{op}.py_impl(DTensor)`, that calls it on the local shards, and "
+                f"the other direction's op another. {_LOCAL_POSITIONS}",
+            )
+        ]
     return [
         untried(
             "strategy",
             f"Register strategies for `{op}` and for the other direction's op with "
             "`torch.distributed.tensor.experimental.register_sharding`, before their first use. "
+            "An op without a Meta kernel needs one as well (`torch.library.register_fake`): DTensor runs "
+            "it first. "
             "Flags enter the cache key only through `RuntimeSchemaInfo(static_argnum=...)`, and "
             "arguments that an op writes in place (`dq`, `dk`, `dv` of flash-attn's backward) must "
             "never be redistributed.",

@@ -23,8 +23,14 @@ def _is(result: CaseResult, reasons: Sequence[Reason | None]) -> bool:
 
 
 def texts(group: Group, limit: int = 3) -> list[str]:
-    """What was said, the most frequent first."""
-    return most_common(wording.first_line(r.outcome.message) for r in group.results)[:limit]
+    """What was said, line by line, the most frequent first. Texts that begin alike count as one, and the
+    most frequent of them speaks: what follows differs in the shapes that it names."""
+    messages = [r.outcome.message for r in group.results]
+    lines = []
+    for first in most_common(map(wording.first_line, messages))[:limit]:
+        text = most_common(m for m in messages if wording.first_line(m) == first)[0]
+        lines += [first, *(line.rstrip() for line in text.strip().splitlines()[1:] if line.strip())]
+    return lines
 
 
 def settings(group: Group) -> str:

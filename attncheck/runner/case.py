@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from attncheck.model import Case, Reason
 from attncheck.probing import Operator, Results, Setting, Tensor
 from attncheck.runner import compat
+from attncheck.runner.dataflow import bypasses_dispatcher
 from attncheck.runner.guard import BypassesDispatcher
 from attncheck.runner.inputs import cotangent, whole_tensors
 from attncheck.runner.observe import Observer, Trace
@@ -56,7 +58,10 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An operator in a setting, ready to run: whole arguments, and what the unsharded call gave."""
+    """An operator in a setting, ready to run: whole arguments, and what the unsharded call gave.
+
+    `bypasses`: the function that fills its output behind the dispatcher's back, or ''.
+    """
 
     operator: Operator
     setting: Setting
@@ -64,6 +69,7 @@ class Prepared:
     wholes: Mapping[str, torch.Tensor]
     unsharded: Mapping[str, torch.Tensor]
     refused: tuple[Reason, str] | None = None
+    bypasses: str = ""
 
 
 def peak_rss_mib() -> float:
@@ -79,8 +85,10 @@ def prepare(operator: Operator, setting: Setting, seed: int, device: str) -> Pre
     wholes = whole_tensors(operator.name, setting, specs, seed)
     refused = None
     unsharded: dict[str, torch.Tensor] = {}
+    compat.forget_compiled()
     try:
-        unsharded = run_whole(operator, setting, specs, wholes, seed, device)
+        with _around(operator):
+            unsharded = run_whole(operator, setting, specs, wholes, seed, device)
     except ModuleNotFoundError as error:
         refused = (Reason.PACKAGE_MISSING, str(error))
     except (ImportError, OSError) as error:
@@ -95,7 +103,34 @@ def prepare(operator: Operator, setting: Setting, seed: int, device: str) -> Pre
         raise ProbeError(
             f"{operator.name}: the call on whole plain tensors raised {type(error).__name__}: {error}"
         ) from error
-    return Prepared(operator, setting, specs, wholes, unsharded, refused)
+    bypasses = "" if refused else _bypasses(operator, setting, specs, wholes, device)
+    return Prepared(operator, setting, specs, wholes, unsharded, refused, bypasses)
+
+
+def _around(operator: Operator) -> AbstractContextManager[object]:
+    return operator.around() if operator.around is not None else nullcontext()
+
+
+def _bypasses(
+    operator: Operator,
+    setting: Setting,
+    specs: Sequence[Tensor],
+    wholes: Mapping[str, torch.Tensor],
+    device: str,
+) -> str:
+    """The operator's function where no dispatcher op makes its output; '' too where the probe says what
+    it reaches, or guards it."""
+    if operator.kernel_ops or operator.bypasses:
+        return ""
+    tensors = {spec.name: wholes[spec.name].clone().to(device) for spec in specs}
+
+    def call() -> dict[str, torch.Tensor]:
+        with _around(operator):
+            return named_outputs(operator.call(setting, tensors), f"{operator.name}: call")
+
+    if not bypasses_dispatcher(call, tuple(tensors.values())):
+        return ""
+    return operator.function or operator.name
 
 
 def run_whole(
@@ -304,18 +339,25 @@ def run_case(
     if prepared.refused is not None:
         record.unavailable = prepared.refused
         return record
+    compat.forget_compiled()  # a case must not depend on the cases before it
+    if prepared.bypasses:  # never called on a DTensor: it would read from address 0
+        error = BypassesDispatcher(prepared.bypasses)
+        record.exception = (type(error).__name__, str(error), error.function)
+        return record
     began = time.perf_counter()
     try:
-        with observer.watch() as trace:
+        with _around(prepared.operator), observer.watch() as trace:
             record.trace = trace
             record.results = run_once(prepared, case, mesh, device, seed, observer)
     except Exception as error:
-        record.exception = _describe(error, observer.trace.last_op)
+        if not observer.refused(error):
+            record.exception = _describe(error, observer.trace.raised_in)
     record.timings["first"] = (time.perf_counter() - began) * 1e3
     if record.exception is None and not record.trace.missing:
         began = time.perf_counter()
         try:
-            record.warm = run_once(prepared, case, mesh, device, seed, None)
+            with _around(prepared.operator):
+                record.warm = run_once(prepared, case, mesh, device, seed, None)
         except Exception as error:
             kind, text, op = _describe(error, observer.trace.last_op)
             record.exception = (kind, f"on the second call: {text}", op)

@@ -6,8 +6,10 @@ Public names come from `torch.distributed.tensor` (2.5 on). Each guard says whic
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +18,32 @@ from torch.distributed._functional_collectives import (
     AsyncCollectiveTensor,
 )  # private name, 2.1 to 2.15
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.utils._pytree import tree_flatten
 
 __all__ = [
     "AsyncCollectiveTensor",
+    "context_parallel_options",
+    "context_parallel_tools",
+    "find_overload",
+    "forget_compiled",
     "group_size",
+    "has_autograd",
+    "has_decomposition",
+    "has_strategy",
+    "higher_order_ops",
+    "is_composite",
+    "kernel_keys",
     "local_tensor",
+    "op_name",
     "placement_from_text",
     "placement_text",
     "quiet_exit",
     "refusal",
+    "refusal_sentence",
+    "refuses_decomposition",
+    "registered_schemas",
     "rendezvous_store",
+    "route_higher_order_ops",
     "unwatched_propagation",
     "watch_alltoall",
 ]
@@ -34,8 +52,12 @@ __all__ = [
 _NO_STRATEGY = re.compile(r"Operator (\S+) does not have a sharding strategy registered")
 # Python says "<op>: got mixed ...", the C++ fast path of 2.10 on "<op> got mixed ...".
 _MIXED = re.compile(r"([\w.]+):? got mixed torch\.Tensor and DTensor")
+# A higher-order op (flex_attention) has no strategy to register: DTensor needs a rule of its own for it.
+_NO_RULE = re.compile(
+    r"There was no rule registered for HOP (\w+) and subclass <class '[\w.]*DTensor'>"
+)
 # 2.10 on: whatever propagation raises is rewrapped with this tail; before, the cause came through bare.
-_PROPAGATION = re.compile(r"Sharding propagation failed for")
+_PROPAGATION = re.compile(r"Sharding propagation failed for ([\w.]+)")
 # An op without a Meta kernel fails in propagation for the same want of a strategy (flash-attn 3).
 _NO_META_CAUSES = ("UnsupportedOperatorException", "NotImplementedError")
 
@@ -50,13 +72,43 @@ def refusal(error: BaseException) -> tuple[str, str | None] | None:
         return "strategy", match[1]
     if match := _MIXED.search(text):
         return "mixed", match[1]
+    if match := _NO_RULE.search(text):
+        return "strategy", f"higher_order.{match[1]}"
     if _PROPAGATION.search(text):
         cause = error.__cause__
         while cause is not None:
             if type(cause).__name__ in _NO_META_CAUSES:
                 return "propagation", None
             cause = cause.__cause__
+    if _is_bare_propagation(error):
+        return "propagation", None
     return None
+
+
+def refusal_sentence(error: BaseException) -> str:
+    """What DTensor says of the op it refuses, without what torch.compile puts around it."""
+    text = str(error)
+    for pattern in (_NO_STRATEGY, _MIXED, _NO_RULE):
+        if match := pattern.search(text):
+            # torch.compile quotes the exception it met as `got RuntimeError('...')`.
+            return re.split(r"""["']\)|\n""", text[match.start() :], maxsplit=1)[0]
+    # PyTorch's own first line is the op's name alone.
+    failed = _PROPAGATION.search(text)
+    if failed or _is_bare_propagation(error):
+        return (
+            f"Sharding propagation failed for {failed[1] if failed else text.strip()}: it has no Meta "
+            "kernel, and DTensor runs an op on meta tensors before it asks for a sharding strategy"
+        )
+    return text.strip().split("\n", 1)[0]
+
+
+def _is_bare_propagation(error: BaseException) -> bool:
+    return type(error).__name__ == "UnsupportedOperatorException"  # as it came before 2.10
+
+
+def op_name(func: Any) -> str:
+    """A kernel op as PyTorch writes it: its path under `torch.ops`."""
+    return str(func) if hasattr(func, "_schema") else f"higher_order.{func}"
 
 
 def placement_text(placement: Placement) -> str:
@@ -160,6 +212,160 @@ def unwatched_propagation() -> Iterator[None]:
         DecompShardingStrategy.propagate_strategy = original  # type: ignore[method-assign]
 
 
+def route_higher_order_ops(*modes: type) -> None:
+    """Lets dispatch modes see the higher-order ops there are; each op raises under a mode without a rule.
+
+    A mode gets the types of the tensors, as for any other op, and what returns NotImplemented goes on to
+    DTensor's own rule with the mode still there. (Read in 2.6, 2.10 and 2.13. Of these, the later two also
+    know `supports_higher_order_operators`, which takes the mode away before DTensor's rule runs.)
+    """
+    for op in higher_order_ops().values():
+        for mode in modes:
+            if mode not in op.python_key_table:
+                op.py_impl(mode)(functools.partial(_through_mode, op))
+
+
+def _through_mode(op: Any, mode: Any, *args: Any, **kwargs: Any) -> Any:
+    leaves, _ = tree_flatten((args, kwargs))
+    types = {type(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return mode.__torch_dispatch__(op, types, args, kwargs)
+
+
+# --- context_parallel ----------------------------------------------------------------------------
+
+
+def context_parallel_tools() -> Any:
+    """The module that holds `context_parallel`, `context_parallel_unshard` and `set_rotate_method`.
+
+    A package from 2.10 on, a module before (2.6 to 2.9). Raises ImportError where there is neither.
+    """
+    try:
+        from torch.distributed.tensor.experimental import _context_parallel as tools
+    except ImportError:
+        from torch.distributed.tensor.experimental import (  # type: ignore[no-redef]
+            _attention as tools,
+        )
+    return tools
+
+
+@contextlib.contextmanager
+def context_parallel_options(load_balance: bool, rotate: str) -> Iterator[None]:
+    """What `context_parallel` reads from a global of its own; afterwards it is as before.
+
+    `load_balance` has no public switch (2.6 to 2.13). `rotate`: `allgather` or `alltoall`.
+    """
+    tools = context_parallel_tools()
+    options = tools._cp_options
+    before = options.enable_load_balance, options.rotate_method
+    options.enable_load_balance = load_balance
+    try:
+        tools.set_rotate_method(rotate)
+        yield
+    finally:
+        options.enable_load_balance, options.rotate_method = before
+
+
+# --- what is registered --------------------------------------------------------------------------
+
+
+def registered_schemas() -> list[Any]:
+    """The FunctionSchema of every dispatcher op in this process (a private name, 1.13 to 2.15)."""
+    return list(torch._C._jit_get_all_schemas())
+
+
+def higher_order_ops() -> dict[str, Any]:
+    """Higher-order ops by name: no dispatcher table has them. {} where torch keeps no list (before 2.5)."""
+    try:
+        from torch._ops import _higher_order_ops
+    except ImportError:
+        return {}
+    return dict(_higher_order_ops)
+
+
+def find_overload(name: str) -> Any:
+    """The callable op of `flash_attn._flash_attn_forward.default`, or None."""
+    namespace, _, rest = name.partition(".")
+    packet_name, _, overload = rest.rpartition(".")
+    packet = getattr(getattr(torch.ops, namespace), packet_name, None)
+    return getattr(packet, overload, None)
+
+
+def kernel_keys(schema: Any, keys: Sequence[str]) -> tuple[str, ...]:
+    """On which of the dispatch `keys` the op can be called, through a kernel of its own or a default."""
+    name = schema.name + (f".{schema.overload_name}" if schema.overload_name else "")
+    has = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+    return tuple(key for key in keys if has(name, key))
+
+
+def is_composite(schema: Any) -> bool:
+    """Whether the op is made of others before any tensor subclass sees it."""
+    name = schema.name + (f".{schema.overload_name}" if schema.overload_name else "")
+    key = "CompositeImplicitAutograd"
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
+
+
+def has_autograd(schema: Any) -> bool:
+    """Whether the op has an autograd formula. Without one PyTorch warns, and goes on with what comes."""
+    name = schema.name + (f".{schema.overload_name}" if schema.overload_name else "")
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return is_composite(schema) or any(has(name, key) for key in ("Autograd", "AutogradCPU"))
+
+
+def has_strategy(op: Any) -> bool:
+    """Whether DTensor has a strategy registered for an op.
+
+    Tables come and go: `op_to_rules` in all, `op_strategy_funcs` from 2.1, `op_single_dim_strategy_funcs`
+    from 2.11 (nearly all strategies live there from 2.14 on). A higher-order op takes a `py_impl` instead.
+    """
+    if not hasattr(op, "_schema"):
+        return DTensor in op.python_key_table
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    tables = ("op_strategy_funcs", "op_single_dim_strategy_funcs", "op_to_rules")
+    return any(op in getattr(propagator, table, {}) for table in tables)
+
+
+def has_decomposition(op: Any) -> bool:
+    """Whether DTensor would try the op's decomposition for want of a strategy (2.11 on; else False)."""
+    search = getattr(DTensor._op_dispatcher.sharding_propagator, "decomp_strategy", None)
+    return search is not None and bool(search.has_decomp(op))
+
+
+def refuses_decomposition(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Why DTensor finds no strategy in the op's decomposition for this call, or ''. Tensors are replicated.
+
+    Traces the decomposition once, on meta tensors, for the placement that always works if any does.
+    """
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+    from torch.distributed.tensor._op_schema import OpSchema
+
+    search = DTensor._op_dispatcher.sharding_propagator.decomp_strategy
+    mesh = search._get_fake_mesh("cpu")
+
+    def spec(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        meta = TensorMeta(value.shape, value.stride(), value.dtype)
+        return DTensorSpec(mesh, (Replicate(),), tensor_meta=meta)
+
+    specs = tuple(spec(a) for a in args)
+    schema = OpSchema(op, specs, {key: spec(value) for key, value in kwargs.items()})
+    replicated: Any = (Replicate(),) * len(specs)
+    try:
+        search._propagate_through_decomp(schema, replicated, mesh)
+    except Exception as error:
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ""
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def forget_compiled() -> None:
+    """Start torch.compile afresh: what it met before (sizes that changed) decides what it does next."""
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the import takes a second
+        torch.compiler.reset()
+
+
 def rendezvous_store(attempt: str) -> tuple[Any, int, int]:
     """(store, rank, world size) of a torchrun worker, with keys of its own for this `attempt`.
 
@@ -176,7 +382,6 @@ def rendezvous_store(attempt: str) -> tuple[Any, int, int]:
 def quiet_exit(code: int) -> None:
     """Leave without tearing gloo down: destroying the group aborts in about one run in five (2.13)."""
     import os
-    import sys
 
     sys.stdout.flush()
     sys.stderr.flush()

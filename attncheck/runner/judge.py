@@ -18,6 +18,7 @@ from attncheck.model import (
     RankState,
     Status,
 )
+from attncheck.probing import KV_SEQUENCE, SEQUENCE
 from attncheck.runner.case import Local, Prepared, RankRecord
 from attncheck.runner.inputs import DTYPES, cotangent
 from attncheck.runner.oracle import (
@@ -69,7 +70,8 @@ def judge(
     unavailable = next((r.unavailable for r in records if r.unavailable), None)
     if unavailable:
         reason, text = unavailable
-        return Outcome(Status.UNAVAILABLE, text.splitlines()[0], reason=reason, seed=seed)
+        # Whole: an operator that refuses may say why in many lines (xformers, one for each of its kernels).
+        return Outcome(Status.UNAVAILABLE, text.strip()[:2000], reason=reason, seed=seed)
 
     base = replace(
         base,
@@ -161,11 +163,19 @@ def _judge_dropout_case(
     if case.direction == "backward" and "grad.v" in results:
         shape = torch.Size(out.shape)
         dout = cotangent(prepared.operator.name, prepared.setting, shape, dtype, seed)
-        dv = torch.matmul(whole.transpose(-2, -1), dout.to(torch.float64))
+        rows = _dim(prepared.operator.output_dims, SEQUENCE)
+        columns = _dim(next(s.dims for s in prepared.specs if s.name == "v"), KV_SEQUENCE)
+        mask, dout = whole.movedim(rows, -2), dout.to(torch.float64).movedim(rows, -2)
+        dv = torch.matmul(mask.transpose(-2, -1), dout).movedim(-2, columns)
         want = {"grad.v": Expected(dv, dv.to(dtype))}
         gradient = judge_values({"grad.v": results["grad.v"]}, want, sizes)
         verdict.errors.update(gradient.errors)
         verdict.facts += gradient.facts
+
+
+def _dim(dims: Sequence[str], role: str) -> int:
+    """Where a role lies; the last but one where a probe does not say."""
+    return dims.index(role) if role in dims else -2
 
 
 def _second_call(first: Verdict, second: Verdict) -> list[Fact]:

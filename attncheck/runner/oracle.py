@@ -115,6 +115,22 @@ def classify(stat: ErrorStat, reference_rms: float) -> str:
     return "wrong" if stat.rms > WRONG_RMS_SHARE * reference_rms else "drift"
 
 
+def disagreement(name: str, expected: Expected) -> str:
+    """Why the operator and its reference are not about the same thing on whole tensors, or ''.
+
+    Everything is judged against what the operator shows unsharded: were that no rounding, nothing that
+    shards do could be told from it any more.
+    """
+    dtype = expected.unsharded.dtype
+    stat = error_stat(expected.unsharded.to(torch.float64), expected, dtype)
+    rounding = WRONG_RMS_SHARE * _rms(expected.reference) + atol(dtype, 1.0)
+    if math.isfinite(stat.max) and stat.rms <= rounding:
+        return ""
+    place = _worst_place(_difference(expected.unsharded.to(torch.float64), expected.reference))
+    where = place if math.isfinite(stat.max) else ""
+    return f"{name} differs from its reference by up to {stat.max:.3g}, on whole tensors{where}"
+
+
 def judge_values(
     results: Mapping[str, RankResult],
     expected: Mapping[str, Expected],

@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attncheck.inventory import RegisteredOp
 from attncheck.model import Case, from_json, to_json
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How workers run. `path` is put in front of sys.path; `hash_seeds` has one PYTHONHASHSEED a rank;
+    """How workers run. `path` is put in front of sys.path; `imports` are modules to import, `registered`
+    the ops of theirs that probes make operators of; `hash_seeds` has one PYTHONHASHSEED a rank;
     `case_timeout` is in seconds; `launch` names this start of the workers; `environment` is added to
     theirs; `notes` is what the parent wants to remember when it resumes."""
 
@@ -34,6 +36,8 @@ class RunConfig:
     hash_seeds: tuple[int, ...]
     probe_files: tuple[str, ...]
     path: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
+    registered: tuple[RegisteredOp, ...] = ()
     launch: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -13,10 +14,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from attncheck import environment, plugins, provision, rules
+from packaging.requirements import Requirement
+
+from attncheck import environment, inventory, plugins, provision, rules
 from attncheck.errors import UserError
-from attncheck.model import Case, CaseResult, Outcome, Reason, Report, Status
+from attncheck.inventory import REGISTERED
+from attncheck.model import (
+    UNPLANNED,
+    Case,
+    CaseResult,
+    Outcome,
+    Reason,
+    Report,
+    Status,
+    from_json,
+    to_json,
+)
 from attncheck.plan import Selection, plan
+from attncheck.probing import Probe
 from attncheck.runner import journal, launch
 from attncheck.runner.rundir import RunConfig, RunDir
 
@@ -25,6 +40,8 @@ from attncheck.runner.rundir import RunConfig, RunDir
 FIRST_HASH_SEED = 6
 CASE_TIMEOUT = {"quick": 120.0, "default": 180.0, "full": 1200.0}
 KEPT_RUNS = 10
+# A run that wrote within this time may still be going on: no case of any level is silent for longer.
+LIVE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class ScanRequest:
     case_timeout: float | None = None
     with_packages: tuple[str, ...] = ()
     probe_files: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
     select_rules: tuple[str, ...] = ()
     ignore_rules: tuple[str, ...] = ()
     run_dir: Path | None = None
@@ -67,12 +85,17 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     shelf = plugins.load_probes([Path(p) for p in request.probe_files])
     for _, sentence in shelf.errors:
         log(sentence)
-    cases = plan(shelf.probes, request.mesh, request.selection)
+    imports = (*request.imports, *_installed_imports(shelf.probes, request))
+    if not imports:  # with some, what there is to plan is only known later
+        plan(shelf.probes, request.mesh, request.selection)
     path: list[str] = []
     provisioned = time.time()
     for requirement in request.with_packages:
         path.append(str(provision.ensure(provision.parse(requirement), log=log)))
     phases = {"provision": round(time.time() - provisioned, 2)}
+    found = _look(shelf.probes, imports, request, path)
+    probes = [plugins.with_discovered(p, found.ops) for p in shelf.probes]
+    cases = plan(probes, request.mesh, request.selection)
     timeout = request.case_timeout or CASE_TIMEOUT[request.selection.level]
     ranks = math.prod(request.mesh.values())
     config = RunConfig(
@@ -83,12 +106,15 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
         hash_seeds=tuple(request.hash_seed + rank for rank in range(ranks)),
         probe_files=tuple(str(p) for p in shelf.files),
         path=tuple(path),
+        imports=tuple(m for m in imports if m not in {p.module for p in found.problems}),
+        registered=found.ops,
         notes={
             "began": began,
             "phases": phases,
             "level": request.selection.level,
             "command": request.command,
             "probe_errors": [sentence for _, sentence in shelf.errors],
+            "problems": to_json(found.problems),
             "select": list(request.select_rules),
             "ignore": list(request.ignore_rules),
         },
@@ -104,6 +130,48 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     except OSError as error:
         raise UserError(f"Cannot write the run folder {run.path}: {error.strerror}.") from None
     return _run(run, config, cases, log, on_progress)
+
+
+def _installed_imports(probes: Sequence[Probe], request: ScanRequest) -> list[str]:
+    """Modules of installed distributions whose ops no probe describes.
+
+    Their import may take long, so a selection of other operators leaves them alone.
+    """
+    globs = request.selection.operators
+    if globs and not any(glob.startswith((REGISTERED, "*")) for glob in globs):
+        return []
+    wanted = {name: module for probe in probes for name, module in probe.imports.items()}
+    return [module for name, module in wanted.items() if environment.is_installed(name)]
+
+
+def _look(
+    probes: Sequence[Probe], imports: Sequence[str], request: ScanRequest, path: Sequence[str]
+) -> inventory.Inventory:
+    """The ops that `imports` register, and how to call those that no probe names."""
+    if not imports:
+        return inventory.Inventory()
+    # An op is known by its name only where the package is there that registers it.
+    known = {
+        op
+        for probe in probes
+        for operator in probe.operators
+        if all(environment.is_installed(Requirement(p).name, path) for p in operator.packages)
+        for op in operator.kernel_ops
+    }
+    found = inventory.take(
+        inventory.Look(
+            device=request.device,
+            imports=tuple(imports),
+            path=tuple(path),
+            only_new=True,
+            call=True,
+            known=tuple(sorted(known)),
+        )
+    )
+    for problem in found.problems:
+        if problem.module in request.imports:
+            raise UserError(f"Module {problem.module} does not import: {problem.text}.")
+    return found
 
 
 def resume(folder: Path | None, log: Log, on_progress: Progress) -> Report:
@@ -151,6 +219,11 @@ def _run(
             for index, case in enumerate(cases)
         ),
         *(_unloadable(config, sentence) for sentence in notes.get("probe_errors", ())),
+        *(_uncalled(config, op) for op in inventory.uncalled(config.registered)),
+        *(
+            _unimported(config, from_json(inventory.Problem, problem))
+            for problem in notes.get("problems", ())
+        ),
     )
     findings = rules.judge(results, select=notes.get("select", ()), ignore=notes.get("ignore", ()))
     phases = dict(notes.get("phases", {}))
@@ -219,18 +292,39 @@ def _not_run() -> Outcome:
 def _unloadable(config: RunConfig, sentence: str) -> CaseResult:
     """The entry of a probe file that did not load: nothing is silently left out."""
     name = Path(sentence.removeprefix("Probe file ").split(" ", 1)[0]).stem
+    return _beside_the_plan(config, name, name, Reason.PROBE_NOT_LOADABLE, sentence)
+
+
+def _uncalled(config: RunConfig, op: inventory.RegisteredOp) -> CaseResult:
+    """The entry of an op that was found registered, and that nobody knows how to call."""
+    name = inventory.operator_name(op.op)
+    text = f"{inventory.sentence(op)} It was not called: {op.uncalled}"
+    return _beside_the_plan(config, REGISTERED, name, Reason.SIGNATURE_UNKNOWN, text)
+
+
+def _unimported(config: RunConfig, problem: inventory.Problem) -> CaseResult:
+    """The entry of an installed package whose ops could not be had."""
+    reason = {"missing": Reason.PACKAGE_MISSING, "broken": Reason.EXTENSION_NOT_LOADABLE}
+    name = f"{REGISTERED}.{problem.module}"
+    return _beside_the_plan(config, REGISTERED, name, reason[problem.kind], problem.text)
+
+
+def _beside_the_plan(
+    config: RunConfig, probe: str, operator: str, reason: Reason, text: str
+) -> CaseResult:
+    """The entry of what no case could be made of."""
     case = Case(
-        id=f"{name}/-/-/dtensor/-/-/-",
-        probe=name,
-        operator=name,
+        id="/".join([probe, operator, UNPLANNED, "dtensor", *[UNPLANNED] * 3]),
+        probe=probe,
+        operator=operator,
         route="dtensor",
-        setting={"name": "-"},
+        setting={"name": UNPLANNED},
         mesh=dict(config.mesh),
-        placement="-",
+        placement=UNPLANNED,
         placements={},
-        direction="-",
+        direction=UNPLANNED,
     )
-    return CaseResult(case, Outcome(Status.UNAVAILABLE, sentence, reason=Reason.PROBE_NOT_LOADABLE))
+    return CaseResult(case, Outcome(Status.UNAVAILABLE, text, reason=reason))
 
 
 def _runs_folder() -> Path:
@@ -238,7 +332,7 @@ def _runs_folder() -> Path:
 
 
 def _new_run_folder() -> Path:
-    """A fresh folder; the oldest ones beyond `KEPT_RUNS` are removed."""
+    """A fresh folder; the oldest ones beyond `KEPT_RUNS` are removed, unless they may be in use."""
     folder = _runs_folder()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = folder / f"{stamp}-{os.getpid()}"
@@ -247,8 +341,18 @@ def _new_run_folder() -> Path:
     except OSError as error:
         raise UserError(f"Cannot create the run folder {path}: {error.strerror}.") from None
     for old in sorted(folder.iterdir())[:-KEPT_RUNS]:
-        shutil.rmtree(old, ignore_errors=True)
+        if time.time() - _last_written(old) > LIVE_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def _last_written(run: Path) -> float:
+    """Unix time of the newest file of a run (0 where it is gone)."""
+    times = [0.0]
+    for file in (run, *run.glob("*")):
+        with contextlib.suppress(OSError):
+            times.append(file.stat().st_mtime)
+    return max(times)
 
 
 def _latest_run_folder() -> Path:

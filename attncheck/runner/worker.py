@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import gc
-import importlib.metadata
+import importlib
 import io
 import os
 import time
@@ -20,18 +20,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from packaging.requirements import Requirement
 from torch.distributed.device_mesh import init_device_mesh
 
-from attncheck import plugins, standins
-from attncheck.errors import UserError
-from attncheck.model import Case, Outcome, Reason
+from attncheck import plugins
+from attncheck.model import Case, Outcome
 from attncheck.probing import Operator
 from attncheck.runner import case as cases
-from attncheck.runner import compat, guard, journal, judge, recover
+from attncheck.runner import compat, journal, judge, recover
+from attncheck.runner.available import Availability
 from attncheck.runner.case import Prepared, RankRecord
 from attncheck.runner.observe import Observer, StateFile
-from attncheck.runner.oracle import Expected
+from attncheck.runner.oracle import Expected, disagreement
 from attncheck.runner.rundir import RunConfig, RunDir
 from attncheck.runner.watchdog import EXIT_STUCK, Watchdog
 
@@ -89,11 +88,13 @@ class Worker:
         self.state.set("idle", "")
         self.observer = Observer(self.state)
         self.operators: dict[str, Operator] = {}
+        for module in config.imports:
+            importlib.import_module(module)
         for file in config.probe_files:
-            for operator in plugins.load_probe_file(Path(file)).operators:
+            probe = plugins.load_probe_file(Path(file))
+            for operator in plugins.with_discovered(probe, config.registered).operators:
                 self.operators[operator.name] = operator
-        self.standins: dict[str, tuple[str, ...]] = {}
-        self.unavailable: dict[str, tuple[Reason, str] | None] = {}
+        self.availability = Availability(config.device)
         self.prepared: tuple[tuple[str, str], Prepared] | None = None
         self.expected: tuple[tuple[str, str], dict[str, Expected]] | None = None
         torch.set_num_threads(1)
@@ -215,7 +216,7 @@ class Worker:
             expected,
             self.config.seed,
             self.config.hash_seeds,
-            self.standins.get(case.operator, ()),
+            self.availability.standins(case.operator),
         )
 
     def _wait(self, key: str) -> bytes:
@@ -230,9 +231,7 @@ class Worker:
         if self.prepared is None or self.prepared[0] != key:
             operator = self.operators[case.operator]
             setting = next(s for s in operator.settings if s.name == case.setting_name)
-            if case.operator not in self.unavailable:
-                self.unavailable[case.operator] = self._make_available(operator)
-            refused = self.unavailable[case.operator]
+            refused = self.availability.refusal(operator)
             if refused is not None:
                 made = Prepared(operator, setting, (), {}, {}, refused)
             else:
@@ -249,37 +248,11 @@ class Worker:
                 for name, value in reference.items()
                 if name in prepared.unsharded
             }
+            faults = [why for name, value in made.items() if (why := disagreement(name, value))]
+            if faults and not prepared.setting.dropout:
+                raise cases.ProbeError(f"{case.operator}: {faults[0]}")
             self.expected = (key, made)
         return self.expected[1]
-
-    def _make_available(self, operator: Operator) -> tuple[Reason, str] | None:
-        """Check the packages an operator needs and put stand-ins behind what this device lacks."""
-        if self.config.device not in operator.devices:
-            return Reason.DEVICE_MISSING, f"{operator.name} does not run on {self.config.device}"
-        for text in operator.packages:
-            need = Requirement(text)
-            try:
-                version = importlib.metadata.version(need.name)
-            except importlib.metadata.PackageNotFoundError:
-                return Reason.PACKAGE_MISSING, f"{need.name} is not installed"
-            if not need.specifier.contains(version, prereleases=True):
-                return Reason.VERSION_UNSUPPORTED, f"{need.name} {version} does not satisfy {text}"
-        sentences = []
-        try:
-            if self.config.device == "cpu":
-                sentences = [standins.provide(name) for name in operator.standins]
-            if operator.missing is not None and (why := operator.missing()):
-                return Reason.OP_MISSING, why
-            for target in operator.bypasses:
-                guard.protect(target)
-        except UserError as error:
-            return Reason.VERSION_UNSUPPORTED, str(error)
-        except ModuleNotFoundError as error:
-            return Reason.PACKAGE_MISSING, str(error)
-        except (ImportError, OSError) as error:
-            return Reason.EXTENSION_NOT_LOADABLE, f"{type(error).__name__}: {error}"
-        self.standins[operator.name] = tuple(sentences)
-        return None
 
 
 def _init_group(config: RunConfig, store: Any, rank: int, ranks: int) -> None:

@@ -251,6 +251,8 @@ EXPECTED: dict[str, set[str]] = {
     "mixed_tensor": {"ATN103"},
     "bypasses_dispatcher": {"ATN104"},
     "bypasses_on_local_tensors": set(),
+    "behind_the_dispatcher": {"ATN104"},
+    "through_the_dispatcher": set(),
     "wrapped_tensor": set(),
     "wrong_result": {"ATN201"},
     "wrong_gradient": {"ATN202"},
@@ -279,6 +281,7 @@ EXPECTED: dict[str, set[str]] = {
     "check_failed": {"ATN505"},
     "reference_of_wrong_shape": {"ATN505"},
     "reference_forgotten": {"ATN505"},
+    "reference_wrong": {"ATN505"},
     "returns_nothing": {"ATN505"},
     "mutates_argument": {"ATN505"},
     "mutates_declared_argument": set(),
@@ -303,6 +306,8 @@ def call(name: str) -> Callable[[Setting, Tensors], Any]:
             return no_op(q, k, v)
         if name == "bypasses_on_local_tensors":
             return _on_local_tensors(q, k, v)
+        if name.endswith("_the_dispatcher"):
+            return _fused(behind=name.startswith("behind")).apply(q, k, v)
         if name.startswith("mutates"):
             with torch.no_grad():
                 q.mul_(1)
@@ -328,6 +333,30 @@ def no_op(q: Any, k: Any, v: Any) -> Any:
     """Stands for a compiled function: takes tensors, reads their memory, is no dispatcher op."""
     assert q.data_ptr(), "the guard let a DTensor through"
     return attend(q, k, v)
+
+
+@cache
+def _fused(behind: bool) -> Any:
+    """An `autograd.Function` of which the probe says nothing. `behind`: its forward fills the output
+    through memory that it was not handed by the dispatcher, as a compiled extension does."""
+    import torch
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+            ctx.save_for_backward(q, k, v)
+            if not behind:
+                return attend(q, k, v)
+            assert q.data_ptr(), "a DTensor was let through"
+            out = torch.empty_like(q)
+            out.numpy()[:] = attend(q, k, v).numpy()
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, dout: Any) -> Any:
+            return gradients(dout, *ctx.saved_tensors)
+
+    return Fused
 
 
 def _on_local_tensors(q: Any, k: Any, v: Any) -> Any:
@@ -387,6 +416,8 @@ def reference(name: str) -> Callable[[Setting, Tensors], Any]:
         out = attend(t["q"], k, t["v"])
         if name == "reference_of_wrong_shape":
             return out.transpose(1, 2)
+        if name == "reference_wrong":  # of another scale than the operator
+            return attend(t["q"] * 1.2, k, t["v"])
         if name.startswith("second_output"):
             return {"out": out, "largest": _largest(out, False)}
         return out
@@ -417,7 +448,9 @@ def operator(name: str) -> Operator:
                 dropout=setting.dropout,
             ),
         ),
-        kernel_ops=(f"planted.{name}.default", f"planted.{name}_backward.default"),
+        kernel_ops=()
+        if name.endswith("_the_dispatcher")
+        else (f"planted.{name}.default", f"planted.{name}_backward.default"),
         packages=NEEDS.get(name, ()),
         missing=(lambda: "planted: no such op") if name == "op_missing" else None,
         bypasses=(f"{__name__}:no_op",) if name.startswith("bypasses") else (),

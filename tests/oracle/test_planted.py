@@ -76,6 +76,8 @@ def test_healthy_twins_are_supported(report: dict[str, Any], name: str) -> None:
         ("check_failed", "reference raised KeyError: 'planted: the reference is broken'"),
         ("reference_of_wrong_shape", "reference gives out of shape (3, 6, 4, 8)"),
         ("reference_forgotten", "reference is missing"),
+        ("reference_wrong", "differs from its reference by up to"),
+        ("behind_the_dispatcher", "planted.behind_the_dispatcher is no dispatcher op"),
         ("returns_nothing", "call returned NoneType"),
         ("mutates_argument", "the call changed its argument k"),
         ("calls_exit", "the call on whole plain tensors raised SystemExit"),

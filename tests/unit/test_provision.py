@@ -3,6 +3,7 @@ installation."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -15,12 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
-from attncheck import provision
+from attncheck import installer, provision
 from attncheck.errors import UserError
 from attncheck.provision import Provision
 
 ONE = Provision("flash-attn", "2.8.3.post2")
+XFORMERS = Provision("xformers", "0.0.35")
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +33,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def fake_install(
-    arguments: Sequence[str], target: Path, environment: object, what: str, shown: object = None
-) -> None:
+def fake_install(arguments: Sequence[str], target: Path, *rest: object) -> None:
     """What an installer leaves behind."""
-    for name in ("flash_attn", "einops"):
+    for name in ("flash_attn", "einops", "xformers"):
         (target / name).mkdir(exist_ok=True)
         (target / name / "__init__.py").write_text("")
 
@@ -50,7 +51,7 @@ def silent(sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("requirement", "version"),
+    ("requirement", "expected"),
     [
         ("flash-attn", "2.8.3.post2"),
         ("flash_attn", "2.8.3.post2"),
@@ -59,24 +60,34 @@ def silent(sentence: str) -> None:
         ("flash-attn>=2.7,<2.8", "2.7.4.post1"),
         ("flash-attn==2.8.0.*", "2.8.0.post2"),
         ("flash-attn<=2.8.1", "2.8.1"),
+        ("flash-attn==2.6.3", "2.6.3"),
+        ("flash-attn<2.7", "2.6.3"),
+        ("flash-attn==2.5.*", "2.5.9.post1"),
         ("flash-attn~=2.7.1", "2.7.4.post1"),
         ("flash-attn!=2.8.3.post2", "2.8.3.post1"),
+        ("xformers", "0.0.35"),
+        ("xFormers == 0.0.36", "0.0.36"),
+        ("xformers<0.1", "0.0.35"),
     ],
 )
-def test_parse(requirement: str, version: str) -> None:
-    assert provision.parse(requirement) == Provision("flash-attn", version)
+def test_parse(requirement: str, expected: str) -> None:
+    package = "xformers" if requirement.lower().startswith("xformers") else "flash-attn"
+    assert provision.parse(requirement) == Provision(package, expected)
 
 
 @pytest.mark.parametrize(
     ("requirement", "text"),
     [
-        ("flash-attn==2.6.3", "from 2.7.0 on"),
-        ("flash-attn<2.7", "from 2.7.0 on"),
-        ("flash-attn==2.5.*", "from 2.7.0 on"),
+        ("flash-attn==2.5.8", "2.5.9.post1 is the oldest"),
+        ("flash-attn<2.5", "2.5.9.post1 is the oldest"),
+        ("flash-attn==2.4.*", "2.5.9.post1 is the oldest"),
         ("flash-attn>=3", "No version that attncheck knows fits flash-attn>=3"),
         ("flash-attn>2.7,<2.7.1,!=2.7.0.post2", "No version that attncheck knows"),
         ("flash-atn", "Unknown package to provision 'flash-atn'.*flash-attn"),
-        ("xformers", "Unknown package to provision 'xformers'.*flash-attn"),
+        ("sageattention", "Unknown package to provision 'sageattention'.*flash-attn, xformers"),
+        ("xformers==0.0.34", "0.0.35 is the oldest xformers .* expected 0.0.35"),
+        ("xformers<0.0.35", "0.0.35 is the oldest xformers"),
+        ("xformers>0.0.35", "fits xformers>0.0.35: expected 0.0.35, or an exact newer one"),
         ("flash-attn=2.8", "is not a requirement"),
         ("", "is not a requirement"),
         ("flash-attn[extra]==2.8.3", "extras, a URL or a marker"),
@@ -88,21 +99,44 @@ def test_parse_refuses(requirement: str, text: str) -> None:
         provision.parse(requirement)
 
 
-def test_the_default_is_the_newest_of_the_table() -> None:
-    assert provision.FLASH_ATTN_VERSIONS[-1] == provision.FLASH_ATTN_DEFAULT
+@pytest.mark.parametrize("recipe", provision.RECIPES.values(), ids=provision.PROVISIONABLE)
+def test_versions_stand_oldest_first(recipe: provision.Recipe) -> None:
+    assert list(recipe.versions) == sorted(recipe.versions, key=Version)
+    assert Version(recipe.default) >= recipe.oldest
+
+
+@pytest.mark.parametrize("installed", ["2.9.1", "2.9.1+cu128"])
+def test_a_torch_that_does_not_fit_is_said_before_anything_is_downloaded(
+    installed: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(installer, "install")  # would raise AttributeError
+    monkeypatch.setattr(provision.importlib.metadata, "version", lambda name: installed)
+    with pytest.raises(UserError) as caught:
+        provision.ensure(XFORMERS, log=silent)
+    assert str(caught.value).startswith(
+        f"xformers==0.0.35 needs torch>=2.10, and torch {installed} is installed"
+    )
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("installed", ["2.10.0", "2.13.0+cpu", "2.14.0a0+git1"])
+def test_a_torch_that_fits(installed: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installer, "install", fake_install)
+    monkeypatch.setattr(provision.importlib.metadata, "version", lambda name: installed)
+    assert provision.ensure(XFORMERS, log=silent) == cache / "xformers-0.0.35-r1"
 
 
 def test_the_second_time_installs_nothing_and_takes_milliseconds(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(provision, "_install", fake_install)
+    monkeypatch.setattr(installer, "install", fake_install)
     logged: list[str] = []
     folder = provision.ensure(ONE, log=logged.append)
     assert folder.parent == cache
     assert (folder / "flash_attn" / "__init__.py").is_file()
     assert any("flash-attn==2.8.3.post2" in sentence for sentence in logged)
     logged.clear()
-    monkeypatch.delattr(provision, "_install")  # would raise NameError
+    monkeypatch.delattr(installer, "install")  # would raise AttributeError
     began = time.perf_counter()
     assert provision.ensure(ONE, log=logged.append) == folder
     assert time.perf_counter() - began < 0.1
@@ -116,7 +150,7 @@ def test_an_interrupted_installation_leaves_nothing(
         (target / "flash_attn").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(provision, "_install", interrupted)
+    monkeypatch.setattr(installer, "install", interrupted)
     with pytest.raises(KeyboardInterrupt):
         provision.ensure(ONE, log=silent)
     assert list(cache.iterdir()) == []
@@ -126,12 +160,12 @@ def test_an_interrupted_installation_leaves_nothing(
 def test_a_damaged_folder_is_replaced(
     cache: Path, monkeypatch: pytest.MonkeyPatch, build_tools_present: None, marker: str | None
 ) -> None:
-    monkeypatch.setattr(provision, "_install", fake_install)
+    monkeypatch.setattr(installer, "install", fake_install)
     folder = provision.ensure(ONE, log=silent)
     (folder / "flash_attn" / "__init__.py").unlink()
-    (folder / provision.MARKER).unlink()
+    (folder / installer.MARKER).unlink()
     if marker is not None:
-        (folder / provision.MARKER).write_text(marker)
+        (folder / installer.MARKER).write_text(marker)
     assert provision.ensure(ONE, log=silent) == folder
     assert (folder / "flash_attn" / "__init__.py").is_file()
     assert [p.name for p in cache.iterdir()] == [folder.name]
@@ -145,9 +179,9 @@ def test_two_at_once_do_not_clash(
     def slow(arguments: Sequence[str], target: Path, *rest: object) -> None:
         if "einops" in arguments:
             meet.wait()  # both have filled their own folder before either moves it into place
-        fake_install(arguments, target, None, "")
+        fake_install(arguments, target)
 
-    monkeypatch.setattr(provision, "_install", slow)
+    monkeypatch.setattr(installer, "install", slow)
     folders: list[Path] = []
     threads = [
         threading.Thread(target=lambda: folders.append(provision.ensure(ONE, log=silent)))
@@ -165,7 +199,7 @@ def test_two_at_once_do_not_clash(
 def test_leftovers_of_killed_processes_go_after_a_day(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(provision, "_install", fake_install)
+    monkeypatch.setattr(installer, "install", fake_install)
     old, fresh = cache / "tmp-old", cache / "tmp-fresh"
     for folder in (old, fresh):
         folder.mkdir(parents=True)
@@ -230,18 +264,18 @@ def test_a_failed_installation_is_one_sentence(
     ],
 )
 def test_the_relevant_line(output: str, line: str) -> None:
-    assert provision._relevant_line(output) == line
+    assert installer._relevant_line(output) == line
 
 
 def test_without_pip_uv_is_used_and_without_both_it_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(provision.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(provision.shutil, "which", lambda name: "/usr/bin/uv")
-    assert provision._installer()[:3] == ["uv", "pip", "install"]
-    monkeypatch.setattr(provision.shutil, "which", lambda name: None)
+    monkeypatch.setattr(installer.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(installer.shutil, "which", lambda name: "/usr/bin/uv")
+    assert installer._installer()[:3] == ["uv", "pip", "install"]
+    monkeypatch.setattr(installer.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="has no pip and there is no uv on PATH"):
-        provision._install(["x"], tmp_path, {}, "flash-attn==2.8.3")
+        installer.install(["x"], tmp_path, "flash-attn==2.8.3")
 
 
 def test_the_hollow_wheel_is_never_left_in_the_installers_cache(
@@ -252,9 +286,9 @@ def test_the_hollow_wheel_is_never_left_in_the_installers_cache(
     def record(arguments: Sequence[str], *rest: object) -> None:
         calls.append(arguments)
 
-    monkeypatch.setattr(provision, "_install", record)
+    monkeypatch.setattr(installer, "install", record)
     monkeypatch.setattr(provision, "_build_requirements", lambda log: None)
-    provision._install_flash_attn(ONE, tmp_path, silent)
+    provision._fill_flash_attn(ONE, tmp_path, silent)
     assert {"--no-cache-dir", "--no-cache"} & set(calls[0])
     assert "--no-binary=flash-attn" in calls[0]
 
@@ -270,7 +304,7 @@ def test_real_installation_in_an_environment_without_build_tools(
     folder = provision.ensure(Provision("flash-attn", "2.7.4.post1"), log=logged.append)
     assert len(logged) == 2
     assert re.search(r"\(.*ninja.* missing here\)", logged[1])
-    assert json.loads((folder / provision.MARKER).read_text())["version"] == "2.7.4.post1"
+    assert json.loads((folder / installer.MARKER).read_text())["version"] == "2.7.4.post1"
     assert list(folder.rglob("*.so")) == []
     code = "import importlib.metadata as m, einops; print(m.version('flash-attn'))"
     run = subprocess.run(
@@ -281,6 +315,15 @@ def test_real_installation_in_an_environment_without_build_tools(
         check=True,
     )
     assert run.stdout.strip() == "2.7.4.post1"
+    shutil.rmtree(cache)
+
+
+def test_real_installation_of_xformers_is_a_wheel_and_brings_nothing_else(cache: Path) -> None:
+    folder = provision.ensure(XFORMERS, log=silent)
+    distributions = {d.name for d in importlib.metadata.distributions(path=[str(folder)])}
+    assert distributions == {"xformers"}  # not torch, not numpy
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert 5e6 < size < 50e6
     shutil.rmtree(cache)
 
 

@@ -150,6 +150,18 @@ def test_unavailable_carries_its_reason() -> None:
     assert (found.status, found.reason) == (Status.UNAVAILABLE, Reason.PACKAGE_MISSING)
 
 
+def test_a_refusal_is_carried_with_all_its_lines_up_to_a_bound() -> None:
+    text = "No operator found:\n  cutlassF: device=cpu\n" + "x" * 3000
+
+    def refuse(records: list[RankRecord]) -> None:
+        for i in range(2):
+            records[i] = RankRecord(i, unavailable=(Reason.SETTING_REFUSED, text))
+
+    found = outcome(refuse)
+    assert found.message == text[:2000]
+    assert "cutlassF" in found.message
+
+
 def test_wrong_values_and_stale_second_calls() -> None:
     def wrong(records: list[RankRecord]) -> None:
         for i in range(2):

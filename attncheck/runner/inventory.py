@@ -1,0 +1,197 @@
+"""The child of `attncheck.inventory`: imports what it is told to, and says which attention ops there are.
+
+`python -m attncheck.runner.inventory ASKED ANSWER`. It writes what it is about to do into ANSWER before
+it does it, so that the parent can say what ended it, and the inventory at the end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.tensor
+
+from attncheck import plugins
+from attncheck.inventory import Inventory, Look, Problem, RegisteredOp, Signature
+from attncheck.model import from_json, to_json
+from attncheck.runner import compat, signature
+
+# What attention ops are called, namespaces included: in a generated one (`_flash_attn_9e27194::fwd`) it
+# may be the namespace alone that says it. Their parts (`_transform_bias_rescale_qkv`) belong to them.
+NAMES = re.compile(
+    r"attention|attn|fmha|sdpa?_|_sdp|multi_?head|(^|::)mha_|_qkv|transformer_encoder"
+    r"|^(npu|natten|aiter|mslk\w*)::\w*(na[123]d|fused_infer|fwd|bwd)",
+    re.IGNORECASE,
+)
+ROLES = (signature.QUERY, signature.KEY, signature.VALUE)
+DEVICES = {"CPU": "cpu", "CUDA": "cuda", "XPU": "xpu", "PrivateUse1": "privateuse1"}
+# Flags that decide what an op decomposes into.
+VARIANTS: tuple[Mapping[str, Any], ...] = ({}, {"is_causal": True}, {"dropout_p": 0.5})
+
+
+def look(asked: Look, doing: Path) -> Inventory:
+    def say(text: str) -> None:
+        doing.write_text(text, encoding="utf-8")
+
+    sys.path[:0] = asked.path
+    before = {name for name, _ in _attention_ops()}
+    problems = [p for module in asked.imports if (p := _import(module, say))]
+    if asked.probe_files:
+        _make_available(asked, say)
+    ops = []
+    for name, schema in _attention_ops():
+        if asked.only_new and name in before:
+            continue
+        say(f"looked at {name}")
+        if name not in asked.known or not asked.call:
+            ops.append(_describe(name, schema, asked, say))
+    return Inventory(tuple(ops), tuple(problems))
+
+
+def _import(module: str, say: Any) -> Problem | None:
+    say(f"imported {module}")
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name is not None and (module + ".").startswith(error.name + ".")
+        return Problem(module, "missing" if missing else "broken", f"{error}")
+    except (Exception, SystemExit) as error:
+        return Problem(module, "broken", f"{type(error).__name__}: {error}")
+    return None
+
+
+def _make_available(asked: Look, say: Any) -> None:
+    """What a scan would import and put in place for its operators, so that their ops are here too."""
+    from attncheck.runner.available import Availability
+
+    availability = Availability(asked.device)
+    for file in asked.probe_files:
+        say(f"loaded {file}")
+        for operator in plugins.load_probe_file(Path(file)).operators:
+            say(f"made {operator.name} available")
+            availability.refusal(operator)
+
+
+def _op_name(schema: Any) -> str:
+    """As PyTorch writes it in its errors: `flash_attn._flash_attn_forward.default`."""
+    return f"{schema.name.replace('::', '.')}.{schema.overload_name or 'default'}"
+
+
+def _attention_ops() -> Iterator[tuple[str, Any]]:
+    """(name, schema) of what looks like attention, by name; schema is None for a higher-order op."""
+    found = {}
+    for schema in compat.registered_schemas():
+        if schema.overload_name.endswith("out") or not _looks_like_attention(schema):
+            continue
+        found[_op_name(schema)] = schema
+    for name in compat.higher_order_ops():
+        if NAMES.search(name):
+            found[f"higher_order.{name}"] = None
+    yield from sorted(found.items())
+
+
+def _looks_like_attention(schema: Any) -> bool:
+    if not any("Tensor" in str(r.type) for r in schema.returns) and not any(
+        a.alias_info is not None for a in schema.arguments
+    ):
+        return False  # it computes nothing: `_fused_sdp_choice`
+    if NAMES.search(schema.name):
+        return True
+    names = {a.name.strip("_") for a in schema.arguments if str(a.type) == "Tensor"}
+    return all(names & set(role) for role in ROLES)
+
+
+def _describe(name: str, schema: Any, asked: Look, say: Any) -> RegisteredOp:
+    if schema is None:
+        op = compat.higher_order_ops()[name.partition(".")[2]]
+        state = "registered" if compat.has_strategy(op) else "none"
+        return RegisteredOp(name, "higher-order op", (), state, uncalled="it is a higher-order op")
+    op = compat.find_overload(name)
+    composite = compat.is_composite(schema)
+    kernels = tuple(DEVICES[key] for key in compat.kernel_keys(schema, tuple(DEVICES)))
+    if compat.has_strategy(op):
+        state = "registered"
+    elif composite:
+        state = "composite"
+    else:
+        state = "decomposition" if compat.has_decomposition(op) else "none"
+    depends = tuple(_variants(op)) if state == "decomposition" else ()
+    found, why = None, ""
+    if asked.call and name not in asked.known:
+        found, why = _try_signature(op, name, kernels, asked.device, say)
+    return RegisteredOp(
+        op=name,
+        schema=str(schema),
+        kernels=kernels,
+        strategy=state,
+        depends=depends,
+        backward=_backward(name),
+        signature=found,
+        uncalled=why,
+    )
+
+
+def _variants(op: Any) -> Iterator[str]:
+    """What DTensor finds in the op's decomposition, for each flag that the op has. Measured, not known."""
+    flags = {a.name for a in op._schema.arguments}
+    t = dict.fromkeys(("q", "k", "v"), torch.empty(2, 4, 6, 8))
+    for variant in VARIANTS:
+        if not flags.issuperset(variant):
+            continue
+        what = ", ".join(f"{key}={value}" for key, value in variant.items()) or "plain"
+        try:
+            positional, named = signature.bind(op, t, "bhsd")
+        except signature.Unclear as error:
+            yield f"{what}: not tried, {error}"
+            continue
+        for at, argument in enumerate(op._schema.arguments[: len(positional)]):
+            positional[at] = variant.get(argument.name, positional[at])
+        named |= {key: value for key, value in variant.items() if key in named}
+        why = compat.refuses_decomposition(op, positional, named)
+        yield f"{what}: none ({why})" if why else f"{what}: found"
+
+
+def _backward(name: str) -> str:
+    """The op of its backward, by the names that the field uses; '' where there is none."""
+    base, _, overload = name.rpartition(".")
+    candidates = [f"{base}_backward"]
+    for forward, backward in (("forward", "backward"), ("fwd", "bwd")):
+        if forward in base:
+            head, _, tail = base.rpartition(forward)
+            candidates.append(head + backward + tail)
+    for candidate in candidates:
+        if compat.find_overload(f"{candidate}.{overload}") is not None:
+            return f"{candidate}.{overload}"
+    return ""
+
+
+def _try_signature(
+    op: Any, name: str, kernels: tuple[str, ...], device: str, say: Any
+) -> tuple[Signature | None, str]:
+    if re.search(r"backward|bwd", name):
+        return None, "a backward is checked through its forward"
+    if device not in kernels:
+        return None, f"it has no {device} kernel"
+    say(f"called {name} on small whole tensors")
+    try:
+        return signature.find(op, device), ""
+    except signature.Unclear as error:
+        return None, str(error)
+
+
+def main() -> None:
+    asked_file, answer = Path(sys.argv[1]), Path(sys.argv[2])
+    asked = from_json(Look, json.loads(asked_file.read_text(encoding="utf-8")), "asked")
+    torch.manual_seed(0)
+    found = look(asked, answer)
+    answer.write_text(json.dumps(to_json(found)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

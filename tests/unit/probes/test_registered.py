@@ -1,0 +1,118 @@
+"""Ops that nobody wrote a probe for: a real scan of a module that registers some, by --import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attncheck.inventory import RegisteredOp, Signature
+from attncheck.plan import Selection, plan
+from attncheck.plugins import load_probe_file, with_discovered
+from attncheck.probing import Probe
+
+HERE = Path(__file__).parent
+PROBE_FILE = HERE.parents[2] / "probes" / "registered.py"
+
+
+def discovered(*signatures: Signature) -> Probe:
+    ops = [RegisteredOp(f"a.op{i}.default", signature=s) for i, s in enumerate(signatures)]
+    return with_discovered(load_probe_file(PROBE_FILE), ops)
+
+
+def test_nothing_registered_is_nothing_to_scan() -> None:
+    probe = load_probe_file(PROBE_FILE)
+    assert probe.operators == ()
+    assert with_discovered(probe, [RegisteredOp("a.b.default", uncalled="why")]).operators == ()
+
+
+def test_settings_are_those_that_the_op_takes() -> None:
+    probe = discovered(Signature("bhsd"), Signature("bshd", "", "bfloat16", "causal", grouped=True))
+    few, many = probe.operators
+    assert [s.name for s in few.settings] == ["square", "plain", "bfloat16"]
+    assert [s.name for s in many.settings] == ["square", "plain", "causal", "gqa", "gqa_uneven_kv"]
+    assert {s.dtype for s in many.settings} == {"bfloat16"}
+
+
+def test_layout_decides_what_heads_means_and_gradients_what_is_run() -> None:
+    probe = discovered(Signature("bhsd"), Signature("bshd", differentiable=True))
+    cases = plan([probe], {"tp": 2}, Selection(placements=("heads",)))
+    placed = {(c.operator, c.direction): c.placements["q"] for c in cases}
+    assert placed == {
+        ("registered.a.op0", "forward"): ("S(1)",),
+        ("registered.a.op1", "forward"): ("S(2)",),
+        ("registered.a.op1", "backward"): ("S(2)",),
+    }
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("registered")
+    command = [
+        sys.executable, "-m", "attncheck", "scan", "--import", "registered_ops", "--seed", "4",
+        "--operator", "registered.*", "--placement", "heads", "--output", f"json:{folder / 'r.json'}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+    )
+    assert done.returncode == 1, done.stderr
+    assert "running the code of registered_ops" in done.stderr
+    document: dict[str, Any] = json.loads((folder / "r.json").read_text())
+    return document
+
+
+def test_a_name_that_a_probe_knows_is_another_op_without_its_package(
+    report: dict[str, Any],
+) -> None:
+    """flash-attn is not installed, so its op of this name is somebody else's: judged by its schema."""
+    outcome = next(
+        c["outcome"] for c in report["cases"] if c["operator"].endswith("._flash_attn_forward")
+    )
+    assert outcome["reason"] == "signature_unknown"
+    assert "what its argument mode (int) is" in outcome["message"]
+
+
+def test_called_on_dtensors(report: dict[str, Any]) -> None:
+    """No strategy, and it is attncheck that says so before the user's job does."""
+    ran = [c for c in report["cases"] if c["outcome"]["status"] != "unavailable"]
+    assert {c["operator"] for c in ran} == {
+        "registered.mine.attention",
+        "registered._flash_attn.fwd",
+        "registered.npu.npu_fusion_attention",
+    }
+    assert {c["outcome"]["status"] for c in ran} == {"missing_strategy"}
+    mine = {c["direction"] for c in ran if c["operator"] == "registered.mine.attention"}
+    assert mine == {"forward", "backward"}
+
+
+def test_both_directions_are_named(report: dict[str, Any]) -> None:
+    missing = {f["kernel_op"]: f["rule"] for f in report["findings"] if f["rule"] < "ATN103"}
+    assert missing["mine.attention.default"] == "ATN101"
+    assert missing["mine.attention_backward.default"] == "ATN102"
+    assert "_flash_attn_9e27194.fwd.default" in missing
+
+
+def test_what_nobody_can_call_is_listed(report: dict[str, Any]) -> None:
+    listed = {c["operator"]: c["outcome"] for c in report["cases"]}
+    for name, words in {
+        "registered.sageattention_sm80.qk_int8_sv_f16": "what its tensor query_scale is",
+        "registered.aiter.fmha_fwd": "off from softmax",
+        "registered.natten.na1d": "it has no cpu kernel",
+    }.items():
+        assert listed[name]["status"] == "unavailable"
+        assert listed[name]["reason"] == "signature_unknown"
+        assert "has no sharding strategy. It was not called" in listed[name]["message"]
+        assert words in listed[name]["message"]
+    findings = [f for f in report["findings"] if f["rule"] == "ATN401"]
+    assert len(findings) == 4
+    assert all("attncheck new probe" in json.dumps(f["remedies"]) for f in findings)
