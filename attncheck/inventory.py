@@ -46,15 +46,17 @@ class Signature:
 class RegisteredOp:
     """An attention-like op. `op` is written as PyTorch writes it (`flash_attn._flash_attn_forward.default`).
 
-    `kernels`: the devices that have one. `strategy`: `registered`, `decomposition` (DTensor traces what
-    the op decomposes into, at each call), `composite` (decomposed before DTensor sees it) or `none`.
-    `depends`: where the answer depends on the call, a line for each variant. `backward`: the op of its
-    backward, or ''. `signature`: None where it was not called, and `uncalled` says why.
+    `kernels`: the devices that have one; `standin`: that of this device is attncheck's. `strategy`:
+    `registered`, `decomposition` (DTensor traces what the op decomposes into, at each call), `composite`
+    (decomposed before DTensor sees it) or `none`. `depends`: where the answer depends on the call, a line
+    for each variant. `backward`: the op of its backward, or ''. `signature`: None where it was not
+    called, and `uncalled` says why.
     """
 
     op: str
     schema: str = ""
     kernels: tuple[str, ...] = ()
+    standin: bool = False
     strategy: str = "none"
     depends: tuple[str, ...] = ()
     backward: str = ""

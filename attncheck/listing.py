@@ -68,8 +68,7 @@ path of aten._native_multi_head_attention and aten._transformer_encoder_layer_fw
 
 def _kernel_ops(found: Inventory, operators: Mapping[str, Sequence[str]]) -> str:
     rows = [
-        (op.op, _ANSWERS[op.strategy], ", ".join(op.kernels) or "-", _called_by(operators, op))
-        for op in found.ops
+        (op.op, _ANSWERS[op.strategy], _kernels(op), _called_by(operators, op)) for op in found.ops
     ]
     parts = [tabulate(rows, ["kernel op", "DTensor has", "kernels", "scanned by"]) + "\n"]
     parts += [
@@ -77,6 +76,13 @@ def _kernel_ops(found: Inventory, operators: Mapping[str, Sequence[str]]) -> str
     ]
     parts += [f"{p.module} does not import: {p.text}\n" for p in found.problems]
     return "\n".join([*parts, _CAVEATS])
+
+
+def _kernels(op: RegisteredOp) -> str:
+    if op.standin:
+        return "stand-in"
+    everywhere = len(op.kernels) > 2  # a default for every device
+    return "any device" if everywhere else ", ".join(op.kernels) or "none here"
 
 
 def _called_by(operators: Mapping[str, Sequence[str]], op: RegisteredOp) -> str:

@@ -141,7 +141,8 @@ class Operator:
     where `name` is a shorthand (one function, several backends). `slow`: known to be dear to propagate;
     the planner runs it after the others. `devices_because`: why it runs on `devices` alone, for whoever
     asks for another. `around()` makes the context that holds during each call and its backward, for an
-    operator that is chosen by a switch of the process; the others run without it.
+    operator that is chosen by a switch of the process; the others run without it. `communicates`:
+    communication is what it is for (ring attention), and is not held against it.
     """
 
     name: str
@@ -159,6 +160,7 @@ class Operator:
     devices: tuple[str, ...] = ("cpu", "cuda")
     function: str = ""
     slow: bool = False
+    communicates: bool = False
     devices_because: str = ""
     around: Callable[[], AbstractContextManager[object]] | None = None
 

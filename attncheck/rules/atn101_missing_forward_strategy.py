@@ -33,6 +33,10 @@ one works, or call it through `local_map`, so that DTensor never sees the op. Re
 strategy with `register_sharding` mends it for every caller: register forward and backward, before
 the first use, with `RuntimeSchemaInfo(static_argnum=<first argument that is no tensor>)`, or
 flags such as `causal` are not part of the cache key and a stale strategy is served.
+
+A higher-order op (`flex_attention`) takes functions besides tensors and no strategy: PyTorch says
+that no rule was registered for it. What helps is `local_map`, or a rule of its own
+(`torch.ops.higher_order.flex_attention.py_impl(DTensor)`).
 """
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from attncheck.model import CaseResult, Finding, Severity, Status
 from attncheck.rules import remedies, wording
-from attncheck.rules.base import DTENSOR, Group, Rule, extent, group_by
+from attncheck.rules.base import Group, Rule, extent, group_by
 
 DOCS = """\
 ## What it does
@@ -35,10 +35,8 @@ collectives in your own model.
 
 def _subjects(result: CaseResult) -> Iterable[tuple[str, str]]:
     outcome, case = result.outcome, result.case
-    redistributed = outcome.status is Status.REDISTRIBUTED
-    # Other routes communicate by design: only plain dispatch hides it.
-    hidden = outcome.status.usable and case.route == DTENSOR and bool(outcome.collectives)
-    if not (redistributed or hidden):
+    # What communicates by design (another route, ring attention) is `supported` with its collectives.
+    if outcome.status is not Status.REDISTRIBUTED:
         return ()
     ops = {c.kernel_op or outcome.kernel_op for c in outcome.collectives} or {outcome.kernel_op}
     return {(op or case.operator, op) for op in ops}

@@ -29,18 +29,26 @@ import flash_attn
 
 ## What to do
 For flash-attn run `attncheck scan --with flash-attn`, for xformers `--with xformers`; neither needs a
-GPU. Install other packages; for a missing device run the scan where the device is. A setting that the
-operator refuses needs nothing: it is listed so that you know it was not judged.
+GPU. Install other packages; uninstall one of two that stand under the same import name; for a missing
+device run the scan where the device is. A setting that the operator refuses needs nothing: it is listed
+so that you know it was not judged.
 """
 
 # A case without a reason is unavailable all the same. `not_run` is not among them: a scan that was
 # cut short says nothing about the operator.
-ABSENT = (Reason.PACKAGE_MISSING, Reason.OP_MISSING, Reason.DEVICE_MISSING, None)
+ABSENT = (
+    Reason.PACKAGE_MISSING,
+    Reason.PACKAGE_CLASH,
+    Reason.OP_MISSING,
+    Reason.DEVICE_MISSING,
+    None,
+)
 REFUSED = (Reason.SETTING_REFUSED, Reason.SIGNATURE_UNKNOWN)
 
 _WORDS = {
     Reason.PACKAGE_MISSING: "a package is missing",
-    Reason.OP_MISSING: "its kernel op is not registered",
+    Reason.PACKAGE_CLASH: "another package is installed under its import name",
+    Reason.OP_MISSING: "its kernel op is not registered, or is another than expected",
     Reason.DEVICE_MISSING: "a device is missing",
     Reason.SETTING_REFUSED: "it refuses the setting on whole tensors",
     Reason.SIGNATURE_UNKNOWN: "nothing says how to call it",
@@ -72,7 +80,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
                 unavailable.settings(group),
                 *unavailable.texts(group),
             ],
-            remedies=[*_package(group), *_device(group), *_signature(group)],
+            remedies=[*_package(group), *_clash(group), *_device(group), *_signature(group)],
         )
 
 
@@ -100,6 +108,16 @@ def _package(group: Group) -> list[Remedy]:
             "pip install " + " ".join(f"'{w}'" for w in wanted) + "\n",
         )
     ]
+
+
+def _clash(group: Group) -> list[Remedy]:
+    if not _with_reason(group, Reason.PACKAGE_CLASH):
+        return []
+    text = (
+        "Uninstall the package that is not meant, then reinstall the other: they have files of the "
+        "same name."
+    )
+    return [remedies.untried("install", text)]
 
 
 def _signature(group: Group) -> list[Remedy]:

@@ -43,6 +43,13 @@ def _applies(result: CaseResult) -> bool:
     return result.outcome.status is Status.ERROR and not bypasses
 
 
+def _rest(results: Sequence[CaseResult], texts: Sequence[str], limit: int = 12) -> list[str]:
+    """What follows the first line: an operator that refuses may give its reasons there (xformers)."""
+    messages = most_common(r.outcome.message for r in results if exception_text(r.outcome) in texts)
+    lines = messages[0].strip().splitlines()[1:] if messages else []
+    return [line.rstrip() for line in lines if line.strip()][:limit]
+
+
 def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
     for group in group_by_op(results, _applies):
         texts = most_common(exception_text(r.outcome) for r in group.results)
@@ -52,7 +59,9 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             f"{group.subject} raises {raised} in {group.cases}",
             message=[
                 *extent(group, results),
-                *(f"Raised: {text}" for text in texts[:3]),
+                *(f"Raised: {text}" for text in texts[:1]),
+                *_rest(group.results, texts[:1]),
+                *(f"Raised: {text}" for text in texts[1:3]),
                 f"And {wording.count(len(texts) - 3, 'other text')}." if len(texts) > 3 else "",
                 uneven_line(group.results),
             ],

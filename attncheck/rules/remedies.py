@@ -473,7 +473,7 @@ def _local_map_remedy(case: Case, target: _Target, higher_order: bool) -> Remedy
 
 # Measured on torch 2.13: a bias by head index is silently wrong on every rank but the first.
 _LOCAL_POSITIONS = (
-    "A function that it calls (`score_mod`, `mask_mod`) then gets positions in the shard, not in the whole."
+    "What it calls (`score_mod`, `mask_mod`) then gets positions in the shard, not in the whole."
 )
 
 

@@ -6,7 +6,7 @@ import importlib.metadata
 
 from packaging.requirements import Requirement
 
-from attncheck import standins
+from attncheck import ownership, standins
 from attncheck.errors import UserError
 from attncheck.model import Reason
 from attncheck.probing import Operator
@@ -40,7 +40,9 @@ class Availability:
             try:
                 version = importlib.metadata.version(need.name)
             except importlib.metadata.PackageNotFoundError:
-                return Reason.PACKAGE_MISSING, f"{need.name} is not installed"
+                return Reason.PACKAGE_MISSING, _not_installed(need.name)
+            if why := ownership.foreign(need.name):
+                return Reason.PACKAGE_CLASH, why
             if not need.specifier.contains(version, prereleases=True):
                 return Reason.VERSION_UNSUPPORTED, f"{need.name} {version} does not satisfy {text}"
         sentences = []
@@ -54,8 +56,18 @@ class Availability:
         except UserError as error:
             return Reason.VERSION_UNSUPPORTED, str(error)
         except ModuleNotFoundError as error:
+            if error.name in {target.partition(":")[0] for target in operator.bypasses}:
+                # What is no dispatcher op is compiled: the packages are here, built without it.
+                return Reason.EXTENSION_NOT_LOADABLE, f"{' and '.join(operator.packages)}: {error}"
             return Reason.PACKAGE_MISSING, str(error)
         except (ImportError, OSError) as error:
             return Reason.EXTENSION_NOT_LOADABLE, f"{type(error).__name__}: {error}"
         self._standins[operator.name] = tuple(sentences)
         return None
+
+
+def _not_installed(distribution: str) -> str:
+    module = distribution.replace("-", "_")
+    owner = ownership.owner_of_module(module)
+    told = f"; the `{module}` that is here belongs to {owner}" if owner else ""
+    return f"{distribution} is not installed{told}"

@@ -17,7 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # They take a tensor for its shape alone.
-_ALLOCATE = ("empty_like", "new_empty", "new_empty_strided", "empty", "empty_strided", "empty_permuted")
+_ALLOCATE = (
+    "empty_like",
+    "new_empty",
+    "new_empty_strided",
+    "empty",
+    "empty_strided",
+    "empty_permuted",
+)
 _FILL = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 
 

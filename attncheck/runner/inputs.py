@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from attncheck.probing import Setting, Tensor
+from attncheck.probing import KV_SEQUENCE, Setting, Tensor
 
 # Each tensor gets its own mean, so that swapped arguments or gradients show even where shapes agree.
 _OFFSETS = (0.05, -0.15, 0.25, -0.35)
@@ -58,12 +58,18 @@ def _fill(spec: Tensor, setting: Setting, position: int, random: torch.Generator
         return keep
     if spec.fill == "float_mask":
         return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+    if spec.fill == "weight":
+        values = torch.randn(shape, generator=random, dtype=torch.float64)
+        return ((values + _OFFSETS[position % len(_OFFSETS)]) / shape[-1] ** 0.5).to(dtype)
     if spec.fill == "slopes":
         return (0.05 + torch.rand(shape, generator=random, dtype=torch.float64)).to(dtype)
     if spec.fill == "zeros":
         return torch.zeros(shape, dtype=dtype)
     if spec.fill == "eye":
-        return torch.eye(shape[-2], shape[-1], dtype=dtype).expand(shape).contiguous()
+        at = spec.dims.index(KV_SEQUENCE) if KV_SEQUENCE in spec.dims else len(shape) - 2
+        others = [size for dim, size in enumerate(shape[:-1]) if dim != at]
+        eye = torch.eye(shape[at], shape[-1], dtype=dtype)
+        return eye.expand(*others, *eye.shape).movedim(-2, at).contiguous()
     if spec.fill == "values":
         return torch.tensor(spec.values, dtype=dtype).reshape(shape)
     raise ValueError(f"{spec.name}: unknown fill {spec.fill!r}")

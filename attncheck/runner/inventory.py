@@ -6,6 +6,7 @@ it does it, so that the parent can say what ended it, and the inventory at the e
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -40,17 +41,18 @@ def look(asked: Look, doing: Path) -> Inventory:
         doing.write_text(text, encoding="utf-8")
 
     sys.path[:0] = asked.path
-    before = {name for name, _ in _attention_ops()}
+    before = {name: _kernels(schema) for name, schema in _attention_ops()}
     problems = [p for module in asked.imports if (p := _import(module, say))]
-    if asked.probe_files:
-        _make_available(asked, say)
+    stood_in = _make_available(asked, say) if asked.probe_files else set()
     ops = []
     for name, schema in _attention_ops():
         if asked.only_new and name in before:
             continue
         say(f"looked at {name}")
         if name not in asked.known or not asked.call:
-            ops.append(_describe(name, schema, asked, say))
+            op = _describe(name, schema, asked, say)
+            ours = name in stood_in and asked.device not in before.get(name, ())
+            ops.append(dataclasses.replace(op, standin=ours and asked.device in op.kernels))
     return Inventory(tuple(ops), tuple(problems))
 
 
@@ -66,16 +68,23 @@ def _import(module: str, say: Any) -> Problem | None:
     return None
 
 
-def _make_available(asked: Look, say: Any) -> None:
-    """What a scan would import and put in place for its operators, so that their ops are here too."""
+def _make_available(asked: Look, say: Any) -> set[str]:
+    """What a scan would import and put in place for its operators, so that their ops are here too.
+
+    Returns the ops of those that run on stand-ins.
+    """
     from attncheck.runner.available import Availability
 
     availability = Availability(asked.device)
+    stood_in: set[str] = set()
     for file in asked.probe_files:
         say(f"loaded {file}")
         for operator in plugins.load_probe_file(Path(file)).operators:
             say(f"made {operator.name} available")
             availability.refusal(operator)
+            if availability.standins(operator.name):
+                stood_in.update(operator.kernel_ops)
+    return stood_in
 
 
 def _op_name(schema: Any) -> str:
@@ -111,10 +120,16 @@ def _describe(name: str, schema: Any, asked: Look, say: Any) -> RegisteredOp:
     if schema is None:
         op = compat.higher_order_ops()[name.partition(".")[2]]
         state = "registered" if compat.has_strategy(op) else "none"
-        return RegisteredOp(name, "higher-order op", (), state, uncalled="it is a higher-order op")
+        return RegisteredOp(
+            name,
+            "higher-order op",
+            kernels=tuple(DEVICES.values()),
+            strategy=state,
+            uncalled="it is a higher-order op",
+        )
     op = compat.find_overload(name)
     composite = compat.is_composite(schema)
-    kernels = tuple(DEVICES[key] for key in compat.kernel_keys(schema, tuple(DEVICES)))
+    kernels = _kernels(schema)
     if compat.has_strategy(op):
         state = "registered"
     elif composite:
@@ -135,6 +150,12 @@ def _describe(name: str, schema: Any, asked: Look, say: Any) -> RegisteredOp:
         signature=found,
         uncalled=why,
     )
+
+
+def _kernels(schema: Any) -> tuple[str, ...]:
+    if schema is None:
+        return ()
+    return tuple(DEVICES[key] for key in compat.kernel_keys(schema, tuple(DEVICES)))
 
 
 def _variants(op: Any) -> Iterator[str]:

@@ -123,7 +123,8 @@ def _judge_numbers(
         verdict = judge_values(first, wanted, sizes)
         second = _by_name([r.warm or {} for r in records])
         verdict.facts += _second_call(verdict, judge_values(second, wanted, sizes))
-    status = _numbers_status(verdict, base.collectives)
+    unasked = () if prepared.operator.communicates else base.collectives
+    status = _numbers_status(verdict, unasked)
     op = _own_kernel_op(prepared, base.kernel_ops) if status is not Status.SUPPORTED else ""
     if status is Status.REDISTRIBUTED:
         op = max(base.collectives, key=lambda c: c.bytes).kernel_op
@@ -185,13 +186,13 @@ def _second_call(first: Verdict, second: Verdict) -> list[Fact]:
     return [Fact("second_call_differs", f.subject, f"{f.code}: {f.detail}") for f in worse]
 
 
-def _numbers_status(verdict: Verdict, collectives: Sequence[Collective]) -> Status:
+def _numbers_status(verdict: Verdict, unasked: Sequence[Collective]) -> Status:
     codes = {fact.code for fact in verdict.facts}
     if codes & _WRONG:
         return Status.WRONG
     if codes & {"drift_result", "drift_gradient", "replicas_differ"}:
         return Status.DRIFT
-    return Status.REDISTRIBUTED if collectives else Status.SUPPORTED
+    return Status.REDISTRIBUTED if unasked else Status.SUPPORTED
 
 
 def _message(verdict: Verdict, collectives: Sequence[Collective], status: Status) -> str:

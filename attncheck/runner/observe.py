@@ -16,6 +16,7 @@ emulates reduce_scatter by all_reduce and all_to_all by all_gather, and so sends
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -80,7 +81,9 @@ class Trace:
     collectives: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
     sequence: list[str] = field(default_factory=list)
     last_op: str = ""
-    raised_in: str = ""  # the op that let an exception through; '' where Python above the ops raised
+    raised_in: str = (
+        ""  # the op that let an exception through; '' where Python above the ops raised
+    )
 
     def kernel_ops(self) -> tuple[KernelOp, ...]:
         return tuple(
@@ -343,11 +346,8 @@ def run_replicated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     }
     for result_id, original in mutated.items():
         result = next(w for w in wholes.values() if id(w) == result_id)
-        placed = DTensor.from_local(result, mesh, everywhere, run_check=False)
         with torch.no_grad():
-            compat.local_tensor(original).copy_(
-                compat.local_tensor(placed.redistribute(placements=original.placements))
-            )
+            compat.local_tensor(original).copy_(_share(result, original))
 
     def wrap(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -357,6 +357,22 @@ def run_replicated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         return DTensor.from_local(value, mesh, everywhere, run_check=False)
 
     return tree_map(wrap, out)
+
+
+def _share(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
+    """This rank's part of `whole`, as the placements of `like` have it; no communication.
+
+    Of a `P(sum)` every rank holds an equal share, which DTensor's own redistribute does not offer.
+    """
+    mesh = like.device_mesh
+    partial = [isinstance(p, Partial) for p in like.placements]
+    wanted = [
+        Replicate() if is_partial else p
+        for is_partial, p in zip(partial, like.placements, strict=True)
+    ]
+    placed = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    ranks = math.prod(mesh.size(axis) for axis, is_partial in enumerate(partial) if is_partial)
+    return compat.local_tensor(placed.redistribute(placements=wanted)) / ranks
 
 
 def _placements(value: Any) -> tuple[tuple[str, ...], ...]:

@@ -8,6 +8,7 @@ sends back a gradient of zero (the flash-attention convention), never NaN.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -34,7 +35,48 @@ def attention(
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scaled dot product attention, in the layout and dtype of `q`.
+    """The output alone of `attention_lse`, which has the meaning of every argument."""
+    out, _ = attention_lse(
+        q,
+        k,
+        v,
+        layout=layout,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        bool_mask=bool_mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+    return out
+
+
+def attention_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    layout: str = "bhsd",
+    scale: float | None = None,
+    causal: str | None = None,
+    window: tuple[int, int] = UNLIMITED,
+    softcap: float = 0.0,
+    bool_mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    empty_lse: float = -math.inf,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled dot product attention, in the layout and dtype of `q`, and its log-sum-exp.
+
+    The log-sum-exp of each query's scores is (batch, heads, q_length), of `thd` (heads, total
+    tokens), whatever else the layout; in the dtype of `q`, natural logarithm. `empty_lse` stands
+    for a query that sees no key, and for tokens behind the last sequence: -inf by the formula, and
+    +inf in flash-attention 2.
 
     Shapes: `bhsd` is (batch, heads, sequence, head_dim), `bshd` is (batch, sequence, heads,
     head_dim), `thd` is (total tokens, heads, head_dim) with int `cu_seqlens_*` (sequences + 1,).
@@ -74,11 +116,14 @@ def attention(
             causal=causal,
             window=window,
             softcap=softcap,
+            empty_lse=empty_lse,
         )
     if layout == "bshd":
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = _dense_attention(q, k, v, scale, causal, window, softcap, bool_mask, bias, alibi_slopes)
-    return out.transpose(1, 2) if layout == "bshd" else out
+    out, lse = _dense_attention(
+        q, k, v, scale, causal, window, softcap, bool_mask, bias, alibi_slopes, empty_lse
+    )
+    return (out.transpose(1, 2) if layout == "bshd" else out), lse
 
 
 def _packed_attention(
@@ -93,13 +138,14 @@ def _packed_attention(
     causal: str | None,
     window: tuple[int, int],
     softcap: float,
-) -> torch.Tensor:
+    empty_lse: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each sequence on its own; tokens behind the last sequence give zeros."""
     if len(starts_q) != len(starts_k):
         raise ValueError(
             f"{len(starts_q)} entries in cu_seqlens_q, {len(starts_k)} in cu_seqlens_k"
         )
-    parts = []
+    parts, lse_parts = [], []
     for at in range(len(starts_q) - 1):
         q, k, v = (
             t[starts[at] : starts[at + 1]].transpose(0, 1).unsqueeze(0)
@@ -108,11 +154,15 @@ def _packed_attention(
         slopes = alibi_slopes
         if slopes is not None and slopes.ndim == 2:
             slopes = slopes[at : at + 1]
-        out = _dense_attention(q, k, v, scale, causal, window, softcap, None, None, slopes)
+        out, lse = _dense_attention(
+            q, k, v, scale, causal, window, softcap, None, None, slopes, empty_lse
+        )
         parts.append(out.squeeze(0).transpose(0, 1))
-    behind = q_thd.shape[0] - starts_q[-1]
-    parts.append(q_thd.new_zeros(behind, q_thd.shape[1], v_thd.shape[2]))
-    return torch.cat(parts)
+        lse_parts.append(lse.squeeze(0))
+    behind, heads = q_thd.shape[0] - starts_q[-1], q_thd.shape[1]
+    parts.append(q_thd.new_zeros(behind, heads, v_thd.shape[2]))
+    lse_parts.append(q_thd.new_full((heads, behind), empty_lse))
+    return torch.cat(parts), torch.cat(lse_parts, dim=1)
 
 
 def _dense_attention(
@@ -126,7 +176,8 @@ def _dense_attention(
     bool_mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
-) -> torch.Tensor:
+    empty_lse: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula, on (batch, heads, sequence, head_dim)."""
     heads, kv_heads = q.shape[1], k.shape[1]
     if kv_heads == 0 or heads % kv_heads:
@@ -148,7 +199,8 @@ def _dense_attention(
     if bias is not None:
         visible = visible & (bias != -torch.inf)
         scores = scores + bias
-    return _visible_softmax(scores, visible) @ v
+    probabilities, lse = _visible_softmax(scores, visible, empty_lse)
+    return probabilities @ v, lse
 
 
 def _offsets(scores: torch.Tensor) -> torch.Tensor:
@@ -175,10 +227,16 @@ def _visible(scores: torch.Tensor, causal: str | None, window: tuple[int, int]) 
     return visible
 
 
-def _visible_softmax(scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Softmax over the visible keys; a row without any is zero, and so is its gradient."""
+def _visible_softmax(
+    scores: torch.Tensor, visible: torch.Tensor, empty_lse: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the visible keys, and the log of its denominator.
+
+    A row without any visible key is zero, and so is its gradient; its log-sum-exp is `empty_lse`.
+    """
     some = visible.any(-1, keepdim=True)
     scores = torch.where(visible, scores, -torch.inf)
     # A row of -inf alone would be 0 / 0: give softmax zeros there and drop what it makes of them.
     scores = torch.where(some, scores, 0.0)
-    return torch.where(visible, torch.softmax(scores, dim=-1), 0.0)
+    probabilities = torch.where(visible, torch.softmax(scores, dim=-1), 0.0)
+    return probabilities, torch.where(some.squeeze(-1), torch.logsumexp(scores, -1), empty_lse)

@@ -31,6 +31,27 @@ class Attention:
     dtype: torch.dtype
 
 
+def of_flash_attn_2(
+    scale: float,
+    causal: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout: float,
+    dtype: torch.dtype,
+    kv_length: int,
+) -> Attention:
+    """What flash-attn 2 makes of its arguments: a window side as long as all keys is unlimited.
+
+    With more queries than keys that shows: `right` then hides nothing, though by its definition it
+    hides keys from the first queries.
+    """
+    left = -1 if left >= kv_length else left
+    right = -1 if right >= kv_length else right
+    causal = causal or (left < 0 and right == 0)
+    return Attention(scale, causal, (left, right), softcap, dropout, dtype)
+
+
 @dataclass(frozen=True)
 class Scores:
     """`value`: scores before softmax, -inf where hidden. `slope`: their derivative by scale * q k^T
@@ -52,12 +73,14 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """Gradients in the shapes of q, k, v (kv heads summed over their group) and D (b, h, sq)."""
+    """Gradients in the shapes of q, k, v (kv heads summed over their group), D (b, h, sq), and
+    `d_scores` (b, h, sq, sk), which is the gradient of a bias of full size."""
 
     dq: torch.Tensor
     dk: torch.Tensor
     dv: torch.Tensor
     row_dot: torch.Tensor
+    d_scores: torch.Tensor
 
 
 def forward(
@@ -67,17 +90,19 @@ def forward(
     v: torch.Tensor,
     slopes: torch.Tensor | None,
     keep: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
 ) -> Forward:
     """Attention of q (b, h, sq, d) over k, v (b, h_kv, sk, d).
 
-    `slopes`: ALiBi, (h,) or (b, h). `keep`: the dropout mask (b, h, sq, sk), True is kept.
+    `slopes`: ALiBi, (h,) or (b, h). `keep`: the dropout mask (b, h, sq, sk), True is kept. `bias`,
+    which broadcasts to (b, h, sq, sk), is added to the scaled scores; -inf hides.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = _scores(spec, q, k, slopes)
+    scores = _scores(spec, q, k, slopes, bias)
     if k.shape[2] == 0:
         lse = torch.full(q.shape[:3], torch.inf, dtype=q.dtype, device=q.device)
-        return Forward(torch.zeros_like(q), lse, scores.value)
+        return Forward(q.new_zeros(*q.shape[:3], v.shape[3]), lse, scores.value)
     top = scores.value.amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
     weights = torch.exp(scores.value - top)
@@ -100,12 +125,13 @@ def backward(
     lse: torch.Tensor,
     slopes: torch.Tensor | None,
     keep: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
 ) -> Backward:
     """Gradients from the `out` and `lse` that are passed in: a wrong one gives wrong gradients."""
     kv_heads = k.shape[1]
     groups = q.shape[1] // kv_heads
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = _scores(spec, q, k, slopes)
+    scores = _scores(spec, q, k, slopes, bias)
     probabilities = torch.exp(scores.value - lse[..., None]).masked_fill(~scores.visible, 0.0)
     row_dot = (dout * out).sum(-1)
 
@@ -117,11 +143,15 @@ def backward(
     d_scores = _rounded(d_scores, spec)
     dq = (d_scores @ k) * spec.scale
     dk = (d_scores.transpose(-1, -2) @ q) * spec.scale
-    return Backward(dq, _group_sum(dk, kv_heads), _group_sum(dv, kv_heads), row_dot)
+    return Backward(dq, _group_sum(dk, kv_heads), _group_sum(dv, kv_heads), row_dot, d_scores)
 
 
 def _scores(
-    spec: Attention, q: torch.Tensor, k: torch.Tensor, slopes: torch.Tensor | None
+    spec: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    slopes: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> Scores:
     value = (q @ k.transpose(-1, -2)) * spec.scale
     slope = None
@@ -135,15 +165,18 @@ def _scores(
     if slopes is not None:
         # Under causal alone the kernel adds slope * j to all rows: softmax is the same, the
         # log-sum-exp is shifted by a constant per row.
-        bias = j.expand(sq, sk) if spec.causal and left < 0 else -(i - j).abs()
-        value = value + slopes[..., None, None] * bias.to(value.dtype)
+        distance = j.expand(sq, sk) if spec.causal and left < 0 else -(i - j).abs()
+        value = value + slopes[..., None, None] * distance.to(value.dtype)
     if spec.causal:
         right = 0
     visible = torch.ones(sq, sk, dtype=torch.bool, device=q.device)
+    if bias is not None:
+        value = value + bias
+        visible = visible & (bias != -torch.inf)
     if left >= 0:
-        visible &= j >= i - left
+        visible = visible & (j >= i - left)
     if right >= 0:
-        visible &= j <= i + right
+        visible = visible & (j <= i + right)
     return Scores(value.masked_fill(~visible, -torch.inf), visible, slope)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,12 +70,16 @@ BAD = [
     (["scan", "--mesh", "2x"], ["'2x'", "2x2"]),
     (["scan", "--mesh", "2x2", "--ranks", "2"], ["'2x2'", "4 ranks", "--ranks is 2"]),
     (["scan", "--with", "xformrs"], ["'xformrs'", "flash-attn"]),
-    (["scan", "--with", "flash-attn==2.6.3"], ["2.6.3", "2.7.0"]),
+    (["scan", "--with", "flash-attn==2.4.3"], ["2.4.3", "2.5.9.post1"]),
     (["scan", "--case-timeout", "-1"], ["--case-timeout is -1"]),
     (["scan", "--fail-on", "fatal"], ["'fatal'", "never"]),
     (["scan", "--device", "tpu"], ["'tpu'", "cuda"]),
     (["scan", "--probe", "nowhere.py"], ["nowhere.py", "does not exist"]),
+    (["scan", "--import", "nowhere.kernels"], ["nowhere.kernels", "does not import"]),
     (["scan", "--resume"], ["Nothing to resume"]),
+    (["new", "probe", "my-kernel"], ["'my-kernel'", "my_kernel"]),
+    (["new", "probe", "mine", "--folder", "no/such"], ["no/such/mine.py"]),
+    (["list", "--kernel-ops", "--with", "xformrs"], ["'xformrs'", "flash-attn"]),
     (["explain", "ATN110"], ["'ATN110'", "ATN104"]),
     (["report", "nowhere.json"], ["nowhere.json"]),
     (["report", "hollow.json"], ["hollow.json", "schema_version"]),
@@ -129,6 +134,23 @@ def test_list_names_every_shelf(tmp_path: Path) -> None:
     done = attncheck("list", cwd=tmp_path)
     words = ("sdpa[MATH]", "flash_attn_varlen_func", "fallback.chunked_lse", "ATN503", "markdown")
     assert all(word in done.stdout for word in words)
+
+
+def test_list_kernel_ops_says_what_dtensor_has(tmp_path: Path) -> None:
+    """In a process in which every probe's operators were made available, stand-ins included."""
+    (tmp_path / "crashes.py").write_text("raise OSError('libcudart.so.13: cannot open')")
+    done = attncheck("list", "--kernel-ops", "--import", "crashes", cwd=tmp_path, PYTHONPATH=".")
+    assert done.returncode == 0, done.stderr
+    rows = [re.split(r"  +", line) for line in done.stdout.splitlines()]
+    answers = {row[0]: row[1:] for row in rows if len(row) == 4}
+    flash = answers["aten._scaled_dot_product_flash_attention.default"]
+    assert flash[:2] == ["strategy", "stand-in"]
+    assert "sdpa_cuda.raw_flash" in answers["aten._flash_attention_forward.default"][2]
+    assert answers["aten._flash_attention_forward.default"][0] == "none"
+    assert answers["aten.scaled_dot_product_attention.default"][0].startswith("decomposed before")
+    assert answers["aten._native_multi_head_attention.default"][:2] == ["none", "cpu"]
+    assert "crashes does not import: OSError: libcudart.so.13" in done.stdout
+    assert "can depend on arguments" in done.stdout
 
 
 # --- a small scan -----------------------------------------------------------------------------------
