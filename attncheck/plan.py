@@ -136,6 +136,7 @@ def _cases(
     selection: Selection,
 ) -> Iterator[tuple[Case, int]]:
     tensors = operator.tensors(setting)
+    directions = DIRECTIONS if any(t.requires_grad for t in tensors) else ("forward",)
     seen = set()
     # A placement asked for by name is run even where the level would leave it out.
     level = "full" if selection.placements else selection.level
@@ -151,7 +152,7 @@ def _cases(
             continue  # a pattern whose roles this operator does not have is `replicate` again
         seen.add(key)
         risk = _risk(tensors, placements, tuple(mesh.values()))
-        for direction in DIRECTIONS:
+        for direction in directions:
             if not _matches(direction, selection.directions):
                 continue
             yield (

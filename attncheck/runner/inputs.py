@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import torch
@@ -60,7 +61,7 @@ def _fill(spec: Tensor, setting: Setting, position: int, random: torch.Generator
         return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
     if spec.fill == "weight":
         values = torch.randn(shape, generator=random, dtype=torch.float64)
-        return ((values + _OFFSETS[position % len(_OFFSETS)]) / shape[-1] ** 0.5).to(dtype)
+        return ((values + _OFFSETS[position % len(_OFFSETS)]) / math.sqrt(shape[-1])).to(dtype)
     if spec.fill == "slopes":
         return (0.05 + torch.rand(shape, generator=random, dtype=torch.float64)).to(dtype)
     if spec.fill == "zeros":

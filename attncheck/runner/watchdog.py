@@ -4,6 +4,7 @@ A thread in every rank. It ends the process (torchrun then restarts all ranks, a
 to go on) when
   - the case has run longer than its deadline;
   - this rank waits in a collective that a peer will never join, because the peer has left the case;
+    in the second call, which nothing watches from inside, it may also be computing: it gets longer;
   - all ranks wait, unmoved, in different collectives.
 A stuck process that holds the GIL is ended by faulthandler instead (see worker).
 """
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 from attncheck.runner.observe import RankDoing, StateFile, read_state
 from attncheck.runner.rundir import RunDir
 
-GRACE_SECONDS = 4.0
+# How long a rank may stand still, by what it is doing, before its peers are looked at.
+GRACE_SECONDS = {"collective": 4.0, "again": 15.0}
 TICK_SECONDS = 0.5
 EXIT_STUCK = 75  # EX_TEMPFAIL: "try again", which is what torchrun does
 
@@ -77,12 +79,14 @@ class Watchdog(threading.Thread):
         if now - deadline.began > self.timeout:
             return "deadline"
         mine = doing[self.rank]
-        if mine.doing != "collective" or mine.case != deadline.case or unmoved < GRACE_SECONDS:
+        grace = GRACE_SECONDS.get(mine.doing)
+        if grace is None or mine.case != deadline.case or unmoved < grace:
             return None
         peers = [d for r, d in enumerate(doing) if r != self.rank]
         if any(p.case == mine.case and p.doing == "done" for p in peers):
             return "peer_left"
-        waiting = all(p.case == mine.case and p.doing == "collective" for p in peers)
+        together = (mine, *peers)
+        waiting = all(p.case == mine.case and p.doing == "collective" for p in together)
         if waiting and any((p.op, p.collectives) != (mine.op, mine.collectives) for p in peers):
             return "mismatch"
         return None

@@ -167,7 +167,7 @@ PLANTED = [
     ),
     Planted(
         "ATN301",
-        Outcome(Status.SUPPORTED, collectives=GATHER),
+        Outcome(Status.REDISTRIBUTED, collectives=GATHER),
         "up to 1.5 MiB per rank",
         Outcome(Status.ERROR, collectives=GATHER),
         "aten.bmm.default",
@@ -177,10 +177,9 @@ PLANTED = [
         "ATN301",
         Outcome(Status.REDISTRIBUTED, collectives=GATHER),
         "communicates",
-        # Other routes communicate by design.
+        # What communicates by design.
         Outcome(Status.SUPPORTED, collectives=GATHER),
         "aten.bmm.default",
-        route="ring",
     ),
     Planted(
         "ATN302",
@@ -539,15 +538,35 @@ def test_an_ordinary_tensor_is_wrapped_with_evidence_if_there_is_any() -> None:
     [
         ("flash-attn>=2.7.0 is not installed", "attncheck scan --with flash-attn\n"),
         ("No module named 'flash_attn'", "attncheck scan --with flash-attn\n"),
-        ("xformers is not installed.", "pip install 'xformers'\n"),
-        ("'xformers>=0.0.30' is not installed", "pip install 'xformers>=0.0.30'\n"),
-        ("No module named 'xformers.ops'", "pip install 'xformers'\n"),
+        ("'xformers>=0.0.35' is not installed", "attncheck scan --with xformers\n"),
+        ("No module named 'xformers.ops'", "attncheck scan --with xformers\n"),
+        ("natten is not installed.", "pip install 'natten'\n"),
+        ("'natten>=0.20' is not installed", "pip install 'natten>=0.20'\n"),
+        ("No module named 'natten.functional'", "pip install 'natten'\n"),
         ("flash-attn-4 is not installed", "pip install 'flash-attn-4'\n"),
     ],
 )
 def test_a_missing_package_comes_with_the_command_that_brings_it(message: str, code: str) -> None:
     (finding,) = found([make(unavailable(Reason.PACKAGE_MISSING, message))], "ATN401")
     assert finding.remedies[0].code == code
+
+
+def test_a_refusal_in_many_lines_is_shown_whole_and_once() -> None:
+    def refusal(sequence: int) -> str:
+        lines = ("No operator found:", f"  shape=({sequence}, 4)", "", "`ckF`:", "    device=cpu")
+        return "\n".join(lines)
+
+    cases = [
+        make(unavailable(Reason.SETTING_REFUSED, refusal(n)), setting=str(i))
+        for i, n in enumerate((18, 22, 22))
+    ]
+    (finding,) = found(cases, "ATN401")
+    assert finding.message.splitlines()[2:] == [
+        "No operator found:",
+        "  shape=(22, 4)",
+        "`ckF`:",
+        "    device=cpu",
+    ]
 
 
 def test_crash_on_empty_shards_says_so() -> None:
