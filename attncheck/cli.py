@@ -73,7 +73,8 @@ def _many(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
     "--with",
     "with_",
     metavar="PACKAGE",
-    help="Provision a package's Python part and run it on CPU stand-ins: flash-attn[==VERSION].",
+    help="Provision a package's Python part and run it on CPU stand-ins: flash-attn or xformers, "
+    "each with [==VERSION].",
 )
 @_many("--probe", "probes", metavar="FILE", help="A probe file of your own. Its code is run.")
 @_many(

@@ -88,6 +88,7 @@ SEVERITY_COLORS: Mapping[Severity, str] = {
 
 REASONS: Mapping[Reason, str] = {
     Reason.PACKAGE_MISSING: "package missing",
+    Reason.PACKAGE_CLASH: "another package under its name",
     Reason.EXTENSION_NOT_LOADABLE: "extension not loadable",
     Reason.VERSION_UNSUPPORTED: "version unsupported",
     Reason.DEVICE_MISSING: "device missing",

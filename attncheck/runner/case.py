@@ -354,6 +354,7 @@ def run_case(
             record.exception = _describe(error, observer.trace.raised_in)
     record.timings["first"] = (time.perf_counter() - began) * 1e3
     if record.exception is None and not record.trace.missing:
+        observer.state.set("again")  # a peer that raised in the first call will not join this one
         began = time.perf_counter()
         try:
             with _around(prepared.operator):

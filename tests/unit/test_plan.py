@@ -82,7 +82,7 @@ def test_selection_by_globs() -> None:
     selection = Selection(
         operators=("sdpa*",), settings=("plain",), placements=("he*",), directions=("forward",)
     )
-    cases = plan(PROBES, TP2, selection)
+    cases = plan([p for p in PROBES if p.name == "sdpa"], TP2, selection)
     assert {c.operator for c in cases} == {"sdpa", "sdpa[MATH]", "sdpa[FLASH_ATTENTION]"}
     assert {c.placement for c in cases} == {"heads", "head_dim"}
     assert {c.direction for c in cases} == {"forward"}

@@ -218,6 +218,15 @@ def test_cases_that_did_not_run(sample) -> None:
     ]
 
 
+def test_of_a_refusal_in_many_lines_the_first_is_shown() -> None:
+    text = "No operator found:\n  shape=(2, 4)\n  device=cpu"
+    refused = Outcome(Status.UNAVAILABLE, text, reason=Reason.SETTING_REFUSED)
+    assert view._detail(refused) == "No operator found:"
+    assert view._detail(Outcome(Status.UNKNOWN, text)) == (
+        "No operator found: shape=(2, 4) device=cpu"
+    )
+
+
 def test_environment(sample) -> None:
     lines = dict(sample.environment)
     assert lines["packages"] == "torch 2.13.0+cpu, flash-attn 2.8.3.post2, numpy 2.1.0"
