@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attncheck.model import Case, CaseResult, Remedy, Status
 from attncheck.probing import (
@@ -124,12 +124,14 @@ def features(setting: Mapping[str, object]) -> frozenset[tuple[str, str]]:
 
 
 def _equivalent(one: Case, other: Case) -> bool:
-    """The same setting by name, or another that asks the same of the operator."""
+    """The same setting by name, or another that asks the same of the operator and of the mesh."""
     if bool(one.setting.get("causal")) != bool(other.setting.get("causal")):
         return False
-    return one.setting_name == other.setting_name or features(one.setting) == features(
-        other.setting
-    )
+    if one.setting_name == other.setting_name:
+        return True
+    # Heads that the ranks divide say nothing of heads that they do not.
+    uneven = [{text.split()[1] for text in uneven_roles(case)} for case in (one, other)]
+    return features(one.setting) == features(other.setting) and uneven[0] == uneven[1]
 
 
 def _works(directions: _Directions, wanted: Iterable[str], free: bool) -> list[CaseResult]:
@@ -167,18 +169,21 @@ def other_operators(
 ) -> list[Remedy]:
     """Other operators (or routes of the same one) that work where the group's cases fail."""
     failing = _calls(group.results)
+    calls = _calls(results)
     places: dict[tuple[object, str], list[tuple[_Call, dict[str, CaseResult]]]] = {}
-    for call, directions in _calls(results).items():
+    for call, directions in calls.items():
         places.setdefault((call.mesh, call.placement), []).append((call, directions))
     shown: dict[tuple[str, str, str], dict[_Call, list[CaseResult]]] = {}
     for need, wanted in failing.items():
         for call, directions in places.get((need.mesh, need.placement), []):
             if call.who == need.who or not _equivalent(_any_case(wanted), _any_case(directions)):
                 continue
+            # Where the setting of the same name ran, it speaks alone; else the first equivalent one.
+            if call.setting != need.setting and replace(call, setting=need.setting) in calls:
+                continue
             cases = _works(directions, wanted, free)
-            # Of several equivalent settings the one with the same name speaks, else the first.
             known = shown.setdefault(call.who, {})
-            if cases and (need not in known or call.setting == need.setting):
+            if cases and need not in known:
                 known[need] = cases
     ways = [
         _Way(who, len(covered), tuple(case for cases in covered.values() for case in cases))

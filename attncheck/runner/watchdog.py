@@ -23,7 +23,7 @@ from attncheck.runner.observe import RankDoing, StateFile, read_state
 from attncheck.runner.rundir import RunDir
 
 # How long a rank may stand still, by what it is doing, before its peers are looked at.
-GRACE_SECONDS = {"collective": 4.0, "again": 15.0}
+GRACE_SECONDS = {"collective": 4.0, "again": 8.0}
 TICK_SECONDS = 0.5
 EXIT_STUCK = 75  # EX_TEMPFAIL: "try again", which is what torchrun does
 
