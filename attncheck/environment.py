@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from attncheck import __version__
+from attncheck import __version__, ownership
 
 # Distributions whose version decides how attention behaves, by *distribution* name: two of them install
 # a top-level `flash_attn`.
@@ -70,14 +70,8 @@ def gpu(driver: Path = Path("/proc/driver/nvidia")) -> str:
 
 
 def clashes() -> list[str]:
-    """Import names that several distributions own at once: which one is loaded is chance."""
-    owners = importlib.metadata.packages_distributions()
-    out = []
-    for module in ("flash_attn", "flash_attn_interface", "xformers", "sageattention"):
-        names = sorted(set(owners.get(module, [])))
-        if len(names) > 1:
-            out.append(f"`{module}` is installed by {' and '.join(names)}")
-    return out
+    """Relevant distributions whose import name is not theirs alone: which one is loaded is chance."""
+    return list(dict.fromkeys(why for name in packages() if (why := ownership.foreign(name))))
 
 
 def render(environment: Mapping[str, Any]) -> str:

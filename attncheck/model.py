@@ -74,6 +74,7 @@ class Reason(str, Enum):
     """Why a case is `unavailable`."""
 
     PACKAGE_MISSING = "package_missing"
+    PACKAGE_CLASH = "package_clash"
     EXTENSION_NOT_LOADABLE = "extension_not_loadable"
     VERSION_UNSUPPORTED = "version_unsupported"
     DEVICE_MISSING = "device_missing"
@@ -91,7 +92,8 @@ class Case:
     `placement` is the layout-independent pattern (`heads`; one name per mesh axis, joined by `,`);
     `placements` is what it means for each tensor, written as PyTorch prints it (`S(1)`, `R`, `P(sum)`),
     one entry per mesh axis; `["plain"]` for an argument passed as an ordinary tensor. `function` is the
-    import path of what the operator calls, where `operator` is a shorthand.
+    import path of what the operator calls, where `operator` is a shorthand. `communicates`: the operator
+    exists to communicate (a ring), so its collectives are asked for.
     """
 
     id: str
@@ -104,6 +106,7 @@ class Case:
     placements: Mapping[str, tuple[str, ...]]
     direction: str
     function: str = ""
+    communicates: bool = False
 
     @property
     def setting_name(self) -> str:

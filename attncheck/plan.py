@@ -169,6 +169,7 @@ def _cases(
                     placements=placements,
                     direction=direction,
                     function=operator.function,
+                    communicates=operator.communicates,
                 ),
                 risk,
             )

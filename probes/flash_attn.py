@@ -1,11 +1,14 @@
-"""flash-attn 2.7 and later: the dense, packed and variable-length functions behind four kernel ops.
+"""flash-attn 2: the dense, packed and variable-length functions, behind four kernel ops.
 
-On a machine without CUDA the package's own Python runs on attncheck's stand-in for its compiled
-module: `attncheck scan --with flash-attn`.
+Before 2.7 there are no kernel ops: the functions call the compiled module, where a DTensor would be a
+null pointer, and attncheck stops the call in front of it. `flash_attn_with_kvcache`, which is so in
+every version, has a probe of its own. On a machine without CUDA the package's own Python runs on
+attncheck's stand-in for its compiled module: `attncheck scan --with flash-attn`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +22,19 @@ from attncheck.probing import (
     SEQUENCE,
     Operator,
     Probe,
+    Results,
     Setting,
     Tensor,
     Tensors,
+    refuse_unknown,
 )
 
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("flash-attn>=2.7",)
+PACKAGES = ("flash-attn>=2.5.9",)
 STANDINS = ("flash_attn_2_cuda",)
+BYPASSES = ("flash_attn_2_cuda",)
 DENSE_OPS = (
     "flash_attn._flash_attn_forward.default",
     "flash_attn._flash_attn_backward.default",
@@ -45,6 +51,9 @@ KV_PACKED_DIMS = (BATCH, KV_SEQUENCE, OTHER, KV_HEADS, HEAD_DIM)
 # Packed sequences: the dim that holds all tokens is the one to shard over the sequence.
 VARLEN_Q_DIMS = (SEQUENCE, HEADS, HEAD_DIM)
 VARLEN_KV_DIMS = (KV_SEQUENCE, KV_HEADS, HEAD_DIM)
+VARLEN_QKV_PACKED_DIMS = (SEQUENCE, OTHER, HEADS, HEAD_DIM)
+VARLEN_KV_PACKED_DIMS = (KV_SEQUENCE, OTHER, KV_HEADS, HEAD_DIM)
+PAGES_DIMS = (OTHER, OTHER, KV_HEADS, HEAD_DIM)  # (pages, rows of a page, ...)
 
 # All sizes differ, and so do their halves: a swapped or wrongly split dim cannot fit by chance.
 BASE = {"batch": 6, "heads": 4, "kv_heads": 4, "sequence": 18, "kv_sequence": 22, "head_dim": 16}
@@ -56,12 +65,20 @@ GQA_UNEVEN_KV = {**BASE, "batch": 14, "heads": 20, "kv_heads": 5}
 UNEVEN_HEADS = {**BASE, "batch": 14, "heads": 5, "kv_heads": 5}
 UNEVEN_SEQUENCE = {**BASE, "sequence": 19, "kv_sequence": 25}
 BATCH_1 = {**BASE, "batch": 1}
-HEAD_DIM_20 = {**BASE, "head_dim": 20}  # no multiple of 8: flash_attn pads it in Python
+HEAD_DIM_20 = {**BASE, "head_dim": 20}  # no multiple of 8: flash_attn pads it
+# q = 0 and v = identity make the dropout mask readable: see runner.oracle.judge_dropout.
+DROPOUT = {**BASE, "kv_sequence": 24, "head_dim": 24}
 
 # Three sequences; a split of the tokens in two goes through the middle one.
 Q_LENGTHS = [7, 9, 10]
 KV_LENGTHS = [12, 9, 13]
 VARLEN = {**BASE, "batch": 3, "sequence": sum(Q_LENGTHS), "kv_sequence": sum(KV_LENGTHS)}
+
+# The kernels take pages of a multiple of 256 rows. Page 4 belongs to nobody, and order means nothing.
+PAGE_ROWS = 256
+PAGES = 6
+BLOCK_TABLE = [[3, 0], [5, 1], [1, 2]]
+PAGED_LENGTHS = [300, 9, 270]
 
 ALL = ("replicate", "batch", "heads", "sequence", "query", "head_dim", "partial")
 COMMON = ("replicate", "batch", "heads", "sequence")
@@ -91,6 +108,14 @@ def _slopes(setting: Setting) -> tuple[Tensor, ...]:
 
 
 def dense_tensors(setting: Setting) -> tuple[Tensor, ...]:
+    if setting.dropout:
+        q, k, v = Q_DIMS, KV_DIMS, KV_DIMS
+        return (
+            # Gradients of q = 0 would be differences of equal numbers: only v's says anything.
+            Tensor("q", q, tuple(setting[r] for r in q), requires_grad=False, fill="zeros"),
+            Tensor("k", k, tuple(setting[r] for r in k), requires_grad=False),
+            Tensor("v", v, tuple(setting[r] for r in v), fill="eye"),
+        )
     return (
         _tensor("q", Q_DIMS, setting),
         _tensor("k", KV_DIMS, setting),
@@ -112,6 +137,8 @@ def kvpacked_tensors(setting: Setting) -> tuple[Tensor, ...]:
 
 
 def varlen_tensors(setting: Setting) -> tuple[Tensor, ...]:
+    if "block_table" in setting.options:
+        return paged_tensors(setting)
     return (
         _tensor("q", VARLEN_Q_DIMS, setting),
         _tensor("k", VARLEN_KV_DIMS, setting),
@@ -119,6 +146,47 @@ def varlen_tensors(setting: Setting) -> tuple[Tensor, ...]:
         _cu_seqlens("cu_seqlens_q", setting.get("q_lengths"), setting),
         _cu_seqlens("cu_seqlens_k", setting.get("kv_lengths"), setting),
         *_slopes(setting),
+    )
+
+
+def varlen_qkvpacked_tensors(setting: Setting) -> tuple[Tensor, ...]:
+    return (
+        _tensor("qkv", VARLEN_QKV_PACKED_DIMS, setting, packed=3),
+        _cu_seqlens("cu_seqlens", setting.get("q_lengths"), setting),
+        *_slopes(setting),
+    )
+
+
+def varlen_kvpacked_tensors(setting: Setting) -> tuple[Tensor, ...]:
+    return (
+        _tensor("q", VARLEN_Q_DIMS, setting),
+        _tensor("kv", VARLEN_KV_PACKED_DIMS, setting, packed=2),
+        _cu_seqlens("cu_seqlens_q", setting.get("q_lengths"), setting),
+        _cu_seqlens("cu_seqlens_k", setting.get("kv_lengths"), setting),
+        *_slopes(setting),
+    )
+
+
+def paged_tensors(setting: Setting) -> tuple[Tensor, ...]:
+    """Keys and values in pages; flash-attn has no backward for them."""
+    pages = (PAGES, PAGE_ROWS, setting["kv_heads"], setting["head_dim"])
+    table = setting.get("block_table")
+    return (
+        Tensor("q", VARLEN_Q_DIMS, tuple(setting[r] for r in VARLEN_Q_DIMS), requires_grad=False),
+        Tensor("k", PAGES_DIMS, pages, requires_grad=False),
+        Tensor("v", PAGES_DIMS, pages, requires_grad=False),
+        _cu_seqlens("cu_seqlens_q", setting.get("q_lengths"), setting),
+        _cu_seqlens("cu_seqlens_k", setting.get("kv_lengths"), setting),
+        Tensor(
+            "block_table",
+            (OTHER, OTHER),
+            (len(table), len(table[0])),
+            requires_grad=False,
+            fill="values",
+            values=tuple(page for row in table for page in row),
+            dtype="int32",
+            wrap="replicate",
+        ),
     )
 
 
@@ -140,8 +208,10 @@ def _cu_seqlens(name: str, lengths: list[int], setting: Setting) -> Tensor:
 
 
 def _flags(setting: Setting, t: Tensors) -> dict[str, Any]:
-    """The keyword arguments that all four functions take; what a setting leaves out stays out."""
+    """The keyword arguments that the functions take; what a setting leaves out stays out."""
     flags: dict[str, Any] = {"causal": bool(setting.get("causal", False))}
+    if setting.dropout:
+        flags["dropout_p"] = setting.dropout
     if "window" in setting.options:
         flags["window_size"] = tuple(setting.options["window"])
     if "softcap" in setting.options:
@@ -150,46 +220,86 @@ def _flags(setting: Setting, t: Tensors) -> dict[str, Any]:
         flags["softmax_scale"] = setting.options["scale"]
     if setting.get("deterministic"):
         flags["deterministic"] = True
-    if "alibi_slopes" in t:
-        flags["alibi_slopes"] = t["alibi_slopes"]
+    if setting.get("attn_probs"):
+        flags["return_attn_probs"] = True
+    for name in ("alibi_slopes", "block_table"):
+        if name in t:
+            flags[name] = t[name]
     return flags
 
 
-def call_dense(setting: Setting, t: Tensors) -> torch.Tensor:
+def _results(
+    setting: Setting, t: Tensors, function: Callable[..., Any], *arguments: Any
+) -> Results:
+    """The output, with `return_attn_probs` the log-sum-exp too (the probabilities that come with it are
+    an empty tensor without dropout)."""
+    flags = _flags(setting, t)
+    refuse_unknown(function, flags)
+    returned = function(*arguments, **flags)
+    if not setting.get("attn_probs"):
+        out: torch.Tensor = returned
+        return out
+    return {"out": returned[0], "lse": returned[1]}
+
+
+def call_dense(setting: Setting, t: Tensors) -> Results:
     from flash_attn import flash_attn_func
 
-    out: torch.Tensor = flash_attn_func(t["q"], t["k"], t["v"], **_flags(setting, t))
-    return out
+    return _results(setting, t, flash_attn_func, t["q"], t["k"], t["v"])
 
 
-def call_qkvpacked(setting: Setting, t: Tensors) -> torch.Tensor:
+def call_qkvpacked(setting: Setting, t: Tensors) -> Results:
     from flash_attn import flash_attn_qkvpacked_func
 
-    out: torch.Tensor = flash_attn_qkvpacked_func(t["qkv"], **_flags(setting, t))
-    return out
+    return _results(setting, t, flash_attn_qkvpacked_func, t["qkv"])
 
 
-def call_kvpacked(setting: Setting, t: Tensors) -> torch.Tensor:
+def call_kvpacked(setting: Setting, t: Tensors) -> Results:
     from flash_attn import flash_attn_kvpacked_func
 
-    out: torch.Tensor = flash_attn_kvpacked_func(t["q"], t["kv"], **_flags(setting, t))
-    return out
+    return _results(setting, t, flash_attn_kvpacked_func, t["q"], t["kv"])
 
 
-def call_varlen(setting: Setting, t: Tensors) -> torch.Tensor:
+def call_varlen(setting: Setting, t: Tensors) -> Results:
     from flash_attn import flash_attn_varlen_func
 
-    out: torch.Tensor = flash_attn_varlen_func(
-        t["q"],
-        t["k"],
-        t["v"],
-        t["cu_seqlens_q"],
-        t["cu_seqlens_k"],
-        max(setting.options["q_lengths"]),
-        max(setting.options["kv_lengths"]),
-        **_flags(setting, t),
+    packing = _packing(setting, t)
+    results = _results(setting, t, flash_attn_varlen_func, t["q"], t["k"], t["v"], *packing)
+    return _packed_lse(setting, results)
+
+
+def call_varlen_qkvpacked(setting: Setting, t: Tensors) -> Results:
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    longest = max(setting.options["q_lengths"])
+    results = _results(
+        setting, t, flash_attn_varlen_qkvpacked_func, t["qkv"], t["cu_seqlens"], longest
     )
-    return out
+    return _packed_lse(setting, results)
+
+
+def call_varlen_kvpacked(setting: Setting, t: Tensors) -> Results:
+    from flash_attn import flash_attn_varlen_kvpacked_func
+
+    packing = _packing(setting, t)
+    results = _results(setting, t, flash_attn_varlen_kvpacked_func, t["q"], t["kv"], *packing)
+    return _packed_lse(setting, results)
+
+
+def _packing(setting: Setting, t: Tensors) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    longest = (max(setting.options["q_lengths"]), max(setting.options["kv_lengths"]))
+    return (t["cu_seqlens_q"], t["cu_seqlens_k"], *longest)
+
+
+def _packed_lse(setting: Setting, results: Results) -> Results:
+    """The log-sum-exp as (heads, tokens), which it is from 2.6 on; before, each sequence had a row."""
+    import torch
+
+    if isinstance(results, torch.Tensor) or results["lse"].ndim == 2:
+        return results
+    lengths = setting.options["q_lengths"]
+    parts = [row[:, :length] for row, length in zip(results["lse"], lengths, strict=True)]
+    return {**results, "lse": torch.cat(parts, dim=1)}
 
 
 # --- references ----------------------------------------------------------------------------
@@ -201,42 +311,70 @@ def _reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    layout: str = "bshd",
-) -> torch.Tensor:
-    from attncheck.runner.reference import attention
+    packed: bool = False,
+) -> Results:
+    from math import inf
+
+    from attncheck.runner.reference import attention_lse
 
     left, right = setting.get("window", (-1, -1))
-    return attention(
+    out, lse = attention_lse(
         q,
         k,
         v,
-        layout=layout,
+        layout="thd" if packed else "bshd",
         scale=setting.get("scale"),
         causal="bottom_right" if setting.get("causal") else None,
         window=(left, right),
         softcap=setting.get("softcap", 0.0),
         alibi_slopes=t.get("alibi_slopes"),
-        cu_seqlens_q=t.get("cu_seqlens_q"),
-        cu_seqlens_k=t.get("cu_seqlens_k"),
+        cu_seqlens_q=t.get("cu_seqlens_q", t.get("cu_seqlens")),
+        cu_seqlens_k=t.get("cu_seqlens_k", t.get("cu_seqlens")),
+        empty_lse=inf,
     )
+    return {"out": out, "lse": lse} if setting.get("attn_probs") else out
 
 
-def dense_reference(setting: Setting, t: Tensors) -> torch.Tensor:
+def dense_reference(setting: Setting, t: Tensors) -> Results:
     return _reference(setting, t, t["q"], t["k"], t["v"])
 
 
-def qkvpacked_reference(setting: Setting, t: Tensors) -> torch.Tensor:
+def qkvpacked_reference(setting: Setting, t: Tensors) -> Results:
     q, k, v = t["qkv"].unbind(2)
     return _reference(setting, t, q, k, v)
 
 
-def kvpacked_reference(setting: Setting, t: Tensors) -> torch.Tensor:
+def kvpacked_reference(setting: Setting, t: Tensors) -> Results:
     k, v = t["kv"].unbind(2)
     return _reference(setting, t, t["q"], k, v)
 
 
-def varlen_reference(setting: Setting, t: Tensors) -> torch.Tensor:
-    return _reference(setting, t, t["q"], t["k"], t["v"], layout="thd")
+def varlen_reference(setting: Setting, t: Tensors) -> Results:
+    k, v = (_from_pages(setting, t[name], t.get("block_table")) for name in ("k", "v"))
+    return _reference(setting, t, t["q"], k, v, packed=True)
+
+
+def varlen_qkvpacked_reference(setting: Setting, t: Tensors) -> Results:
+    q, k, v = t["qkv"].unbind(1)
+    return _reference(setting, t, q, k, v, packed=True)
+
+
+def varlen_kvpacked_reference(setting: Setting, t: Tensors) -> Results:
+    k, v = t["kv"].unbind(1)
+    return _reference(setting, t, t["q"], k, v, packed=True)
+
+
+def _from_pages(
+    setting: Setting, pages: torch.Tensor, block_table: torch.Tensor | None
+) -> torch.Tensor:
+    """(pages, rows, kv_heads, head_dim) to packed sequences (tokens, kv_heads, head_dim)."""
+    import torch
+
+    if block_table is None:
+        return pages
+    lengths = setting.options["kv_lengths"]
+    rows = [pages[block_table[i].long()].flatten(0, 1)[:length] for i, length in enumerate(lengths)]
+    return torch.cat(rows)
 
 
 # --- settings ------------------------------------------------------------------------------
@@ -246,6 +384,7 @@ WINDOW = {"window": [5, 3]}
 SOFTCAP = {"softcap": 1.5}
 SCALE = {"scale": 0.3}
 ALIBI = {"alibi": "heads"}
+PROBS = {"attn_probs": True}
 
 DENSE = (
     Setting("plain", BASE, level="quick", placements=(*INDEPENDENT, "head_dim", "partial")),
@@ -265,6 +404,9 @@ DENSE = (
     Setting("head_dim_20", HEAD_DIM_20, placements=INDEPENDENT),
     Setting("bfloat16", BASE, "bfloat16", placements=COMMON),
     Setting("float16", BASE, "float16", placements=CORE),
+    Setting("attn_probs", BASE, options=PROBS, placements=CORE),
+    Setting("dropout", DROPOUT, placements=CORE, dropout=0.25),
+    Setting("attn_probs_causal", BASE, options={**PROBS, **CAUSAL}, level="full"),
     Setting("bfloat16_causal", BASE, "bfloat16", CAUSAL, "full"),
     Setting("gqa_causal", GQA, options=CAUSAL, level="full"),
     Setting("mqa_causal", MQA, options=CAUSAL, level="full"),
@@ -289,6 +431,7 @@ QKVPACKED = (
     Setting("head_dim_20", {**HEAD_DIM_20, "kv_sequence": 18}, level="full"),
     Setting("batch_1", {**BATCH_1, "kv_sequence": 18}, level="full"),
     Setting("float16", SQUARE, "float16", level="full"),
+    Setting("attn_probs", SQUARE, options=PROBS, level="full"),
 )
 
 KVPACKED = (
@@ -306,6 +449,7 @@ KVPACKED = (
     Setting("head_dim_20", HEAD_DIM_20, level="full"),
     Setting("batch_1", BATCH_1, level="full"),
     Setting("float16", BASE, "float16", level="full"),
+    Setting("attn_probs", BASE, options=PROBS, level="full"),
 )
 
 
@@ -331,6 +475,13 @@ VARLEN_SETTINGS = (
     _varlen("gqa", {"heads": 20}, placements=CORE),
     _varlen("gqa_uneven_kv", {"heads": 20, "kv_heads": 5}, placements=CORE),
     _varlen("bfloat16", dtype="bfloat16", placements=CORE),
+    _varlen("attn_probs", options=PROBS, placements=CORE),
+    _varlen(
+        "paged",
+        {"kv_sequence": sum(PAGED_LENGTHS)},
+        options={"kv_lengths": PAGED_LENGTHS, "block_table": BLOCK_TABLE},
+        placements=CORE,
+    ),
     _varlen("mqa", {"kv_heads": 1}, level="full"),
     _varlen("uneven_heads", {"heads": 5, "kv_heads": 5}, level="full"),
     _varlen("window", options=WINDOW, level="full"),
@@ -341,62 +492,113 @@ VARLEN_SETTINGS = (
     _varlen("float16", dtype="float16", level="full"),
 )
 
+# Self-attention: keys are as many as queries.
+SELF = {"kv_sequence": VARLEN["sequence"]}
+SELF_LENGTHS = {"kv_lengths": Q_LENGTHS}
+
+VARLEN_QKVPACKED = (
+    _varlen("plain", SELF, options=SELF_LENGTHS, placements=(*CORE, "sequence")),
+    _varlen("causal", SELF, options={**SELF_LENGTHS, **CAUSAL}, placements=CORE),
+    _varlen("bfloat16", SELF, "bfloat16", SELF_LENGTHS, "full"),
+    _varlen(
+        "uneven_heads", {**SELF, "heads": 5, "kv_heads": 5}, options=SELF_LENGTHS, level="full"
+    ),
+    _varlen("window", SELF, options={**SELF_LENGTHS, **WINDOW}, level="full"),
+    _varlen("softcap", SELF, options={**SELF_LENGTHS, **SOFTCAP}, level="full"),
+    _varlen("alibi", SELF, options={**SELF_LENGTHS, **ALIBI}, level="full"),
+    _varlen("head_dim_20", {**SELF, "head_dim": 20}, options=SELF_LENGTHS, level="full"),
+    _varlen("attn_probs", SELF, options={**SELF_LENGTHS, **PROBS}, level="full"),
+)
+
+VARLEN_KVPACKED = (
+    _varlen("plain", placements=(*CORE, *POSITIONS)),
+    _varlen("causal", options=CAUSAL, level="full"),
+    _varlen("gqa", {"heads": 20}, placements=CORE),
+    _varlen("gqa_uneven_kv", {"heads": 20, "kv_heads": 5}, level="full"),
+    _varlen("bfloat16", dtype="bfloat16", level="full"),
+    _varlen("window", options=WINDOW, level="full"),
+    _varlen("softcap", options=SOFTCAP, level="full"),
+    _varlen("alibi", options=ALIBI, level="full"),
+    _varlen("head_dim_20", {"head_dim": 20}, level="full"),
+    _varlen("attn_probs", options=PROBS, level="full"),
+)
+
+
+def _operator(
+    name: str,
+    tensors: Callable[[Setting], tuple[Tensor, ...]],
+    call: Callable[[Setting, Tensors], Results],
+    reference: Callable[[Setting, Tensors], Results],
+    settings: tuple[Setting, ...],
+    placements: tuple[str, ...],
+    packed: bool = False,
+) -> Operator:
+    """`packed`: it takes packed sequences."""
+    return Operator(
+        name=name,
+        tensors=tensors,
+        call=call,
+        reference=reference,
+        settings=settings,
+        output_dims=VARLEN_Q_DIMS if packed else Q_DIMS,
+        kernel_ops=VARLEN_OPS if packed else DENSE_OPS,
+        placements=placements,
+        packages=PACKAGES,
+        standins=STANDINS,
+        bypasses=BYPASSES,
+        function=f"flash_attn.{name}",
+    )
+
 
 PROBE = Probe(
     name="flash_attn",
-    summary="flash-attn 2.7+: dense, packed and variable-length attention",
+    summary="flash-attn 2: dense, packed and variable-length attention",
     operators=(
-        Operator(
-            name="flash_attn_func",
-            tensors=dense_tensors,
-            call=call_dense,
-            reference=dense_reference,
-            settings=DENSE,
-            output_dims=Q_DIMS,
-            kernel_ops=DENSE_OPS,
-            placements=ALL,
-            packages=PACKAGES,
-            standins=STANDINS,
-            function="flash_attn.flash_attn_func",
+        _operator(
+            "flash_attn_func", dense_tensors, call_dense, dense_reference, DENSE, placements=ALL
         ),
-        Operator(
-            name="flash_attn_qkvpacked_func",
-            tensors=qkvpacked_tensors,
-            call=call_qkvpacked,
-            reference=qkvpacked_reference,
-            settings=QKVPACKED,
-            output_dims=Q_DIMS,
-            kernel_ops=DENSE_OPS,
+        _operator(
+            "flash_attn_qkvpacked_func",
+            qkvpacked_tensors,
+            call_qkvpacked,
+            qkvpacked_reference,
+            QKVPACKED,
             placements=COMMON,
-            packages=PACKAGES,
-            standins=STANDINS,
-            function="flash_attn.flash_attn_qkvpacked_func",
         ),
-        Operator(
-            name="flash_attn_kvpacked_func",
-            tensors=kvpacked_tensors,
-            call=call_kvpacked,
-            reference=kvpacked_reference,
-            settings=KVPACKED,
-            output_dims=Q_DIMS,
-            kernel_ops=DENSE_OPS,
+        _operator(
+            "flash_attn_kvpacked_func",
+            kvpacked_tensors,
+            call_kvpacked,
+            kvpacked_reference,
+            KVPACKED,
             placements=COMMON,
-            packages=PACKAGES,
-            standins=STANDINS,
-            function="flash_attn.flash_attn_kvpacked_func",
         ),
-        Operator(
-            name="flash_attn_varlen_func",
-            tensors=varlen_tensors,
-            call=call_varlen,
-            reference=varlen_reference,
-            settings=VARLEN_SETTINGS,
-            output_dims=VARLEN_Q_DIMS,
-            kernel_ops=VARLEN_OPS,
+        _operator(
+            "flash_attn_varlen_func",
+            varlen_tensors,
+            call_varlen,
+            varlen_reference,
+            VARLEN_SETTINGS,
             placements=(*CORE, *POSITIONS),
-            packages=PACKAGES,
-            standins=STANDINS,
-            function="flash_attn.flash_attn_varlen_func",
+            packed=True,
+        ),
+        _operator(
+            "flash_attn_varlen_qkvpacked_func",
+            varlen_qkvpacked_tensors,
+            call_varlen_qkvpacked,
+            varlen_qkvpacked_reference,
+            VARLEN_QKVPACKED,
+            placements=(*CORE, "sequence"),
+            packed=True,
+        ),
+        _operator(
+            "flash_attn_varlen_kvpacked_func",
+            varlen_kvpacked_tensors,
+            call_varlen_kvpacked,
+            varlen_kvpacked_reference,
+            VARLEN_KVPACKED,
+            placements=(*CORE, *POSITIONS),
+            packed=True,
         ),
     ),
 )

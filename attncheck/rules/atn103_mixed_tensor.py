@@ -34,20 +34,28 @@ operator through `local_map`, or take another one that the finding lists as work
 
 def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
     for group, refusals in missing.groups(results, missing.MIXED, lambda _: True):
+        wrap = remedies.wrap_plain(group, results)
+        passed = not _inside(group.results)
         yield RULE.finding(
             group,
             f"{group.subject} got ordinary tensors together with DTensors in {group.cases}",
             message=[*missing.details(group, refusals, results), _where_from(group.results)],
             remedies=[
-                *remedies.wrap_plain(group, results),
+                *(wrap if passed else ()),
                 *remedies.working(group, results),
                 *remedies.local_map(group, results),
+                *(() if passed else wrap),
             ],
         )
 
 
+def _inside(results: Sequence[CaseResult]) -> int:
+    """In how many cases the operator itself makes the ordinary tensor."""
+    return sum(PLAIN not in r.case.placements.values() for r in results)
+
+
 def _where_from(results: Sequence[CaseResult]) -> str:
-    inside = sum(PLAIN not in r.case.placements.values() for r in results)
+    inside = _inside(results)
     if not inside:
         return ""
     some = "these" if inside == len(results) else f"{inside} of these"

@@ -320,7 +320,10 @@ def wrap_plain(group: Group, results: Sequence[CaseResult]) -> list[Remedy]:
         f"{_imports(body, 'DTensor')}\n# every rank must hold the same {', '.join(names)}\n{body}\n"
     )
     shown = _wrapped_twins(group, results)
+    passing = sum(PLAIN in r.case.placements.values() for r in group.results)
     what = f"Pass {', '.join(names)} as a replicated DTensor instead of an ordinary tensor"
+    if passing < len(group.results):  # elsewhere the operator makes the ordinary tensor itself
+        what += f", in the {passing} of these {len(group.results)} cases that pass one"
     if not shown:
         return [untried("redistribute", f"{what}.", code)]
     cost = _Way((), len(shown), tuple(shown)).cost
@@ -370,6 +373,7 @@ def local_map(group: Group, results: Sequence[CaseResult]) -> list[Remedy]:
     # The operator that is hit most often, then its plainest tensor-parallel case.
     often = Counter(r.case.operator for r in group.results)
     ordered = sorted(group.results, key=lambda r: (-often[r.case.operator], *_of_interest(r)))
+    ordered = [r for r in ordered if not r.case.communicates]  # such a one needs all ranks at once
     for pick in (_own_target, _heads_target, _replicated_target):
         for result in ordered:
             if target := pick(result, results):
@@ -442,6 +446,12 @@ def _target_from(result: CaseResult) -> _Target | None:
     if out is None or None in written.values():
         return None
     sharded = [any("S(" in p for p in placements) for placements in case.placements.values()]
+    whole_mask = any(
+        not is_sharded and re.search("mask|bias", name)
+        for name, is_sharded in zip(case.placements, sharded, strict=True)
+    )
+    if any(sharded) and whole_mask:  # it may have a dim that the others shard, as above
+        return None
     inputs = {name: str(text) for name, text in written.items()}
     return _Target(case.placement, inputs, out, any(sharded) and not all(sharded))
 

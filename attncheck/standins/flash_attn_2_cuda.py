@@ -1,9 +1,10 @@
 """CPU stand-in for flash-attn's compiled module `flash_attn_2_cuda`, versions 2.7 and 2.8.
 
-The functions are called positionally by flash_attn/flash_attn_interface.py; argument order, return
-values, shapes and dtypes are the extension's. Differences: float32 is accepted besides float16 and
-bfloat16, tensors live on the CPU, dropout draws other random numbers than CUDA's Philox (the mask
-is a function of `rng_state`, as there), and `fwd_kvcache` (never a dispatcher op) is refused.
+Older versions have other signatures: `flash_attn_2_6_cuda` and `flash_attn_2_5_cuda` turn those
+into calls of these functions. All are called positionally by flash_attn/flash_attn_interface.py;
+argument order, return values, shapes and dtypes are the extension's (csrc/flash_attn/flash_api.cpp).
+Differences: float32 is accepted besides float16 and bfloat16, tensors live on the CPU, and dropout
+draws other random numbers than CUDA's Philox (the mask is a function of `rng_state`, as there).
 
 Shapes: q, out (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, kv_heads, head_dim);
 packed ("varlen") ones (total, heads, head_dim) with int32 cu_seqlens (batch + 1,). Log-sum-exp:
@@ -14,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from attncheck.standins import flash_checks as checks
 from attncheck.standins import flash_dropout as dropout
-from attncheck.standins import flash_math
+from attncheck.standins import flash_math, flash_pages
+from attncheck.standins.flash_kvcache import fwd_kvcache as fwd_kvcache
 
 Q_SHAPE = "batch_size, seqlen_q, num_heads, head_size"
 K_SHAPE = "batch_size, seqlen_k, num_heads_k, head_size"
@@ -63,8 +64,15 @@ def fwd(
     if out_ is not None:
         checks.check_buffer("Output", out_, q.dtype, Q_SHAPE, tuple(q.shape))
 
-    spec = flash_math.Attention(
-        softmax_scale, is_causal, (window_size_left, window_size_right), softcap, p_dropout, q.dtype
+    spec = flash_math.of_flash_attn_2(
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        p_dropout,
+        q.dtype,
+        seqlen_k,
     )
     rng_state = dropout.draw_rng_state(p_dropout, gen_, q.device)
     keep = dropout.keep_mask(
@@ -122,8 +130,15 @@ def bwd(
     dk = _gradient_buffer("dk", dk_, k, K_SHAPE)
     dv = _gradient_buffer("dv", dv_, v, K_SHAPE)
 
-    spec = flash_math.Attention(
-        softmax_scale, is_causal, (window_size_left, window_size_right), softcap, p_dropout, q.dtype
+    spec = flash_math.of_flash_attn_2(
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        p_dropout,
+        q.dtype,
+        seqlen_k,
     )
     if rng_state is None:
         rng_state = dropout.draw_rng_state(p_dropout, gen_, q.device)
@@ -178,22 +193,25 @@ def varlen_fwd(
     `fwd`.
 
     `seqused_k` (batch,): how many keys of each sequence count. `leftpad_k` (batch,): how many keys
-    to leave out at the front. `block_table` (paged keys) raises NotImplementedError. `num_splits`
+    to leave out at the front. `block_table` (batch, blocks of a sequence), int32: k and v are pages
+    (blocks, 256 * n, kv_heads, head_dim), and `cu_seqlens_k` gives lengths only. `num_splits`
     (after 2.8) is a matter of speed only. Tokens behind the last sequence: out 0, log-sum-exp +inf
     (the extension leaves them unwritten; with `zero_tensors`, 0 and -inf).
     """
-    if block_table is not None:
-        raise NotImplementedError("block_table: attncheck's stand-in has no paged keys and values")
     checks.check_inputs(q, k=k, v=v)
     checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k)
     batch = cu_seqlens_q.numel() - 1
     total_q, heads, head_dim = q.shape
-    total_k, kv_heads = k.shape[:2]
+    kv_heads = k.shape[-2]
     checks.check_softmax(p_dropout, softcap, return_softmax, gen_)
     checks.check_sizes(batch, heads, kv_heads, head_dim, "forward")
     checks.check_grid(heads, max_seqlen_q)
-    for name, tensor in (("k", k), ("v", v)):
-        checks.check_shape(name, tensor, PACKED_K_SHAPE, (total_k, kv_heads, head_dim))
+    if block_table is None:
+        for name, tensor in (("k", k), ("v", v)):
+            checks.check_shape(name, tensor, PACKED_K_SHAPE, (k.shape[0], kv_heads, head_dim))
+    else:
+        flash_pages.check_pages(k, v, block_table, batch, kv_heads, head_dim)
+        checks.check(leftpad_k is None, flash_pages.NO_LEFTPAD)
     for name, lengths in (("seqused_k", seqused_k), ("leftpad_k", leftpad_k)):
         if lengths is not None:
             checks.check(lengths.dtype == torch.int32, f"{name} must have dtype int32")
@@ -202,8 +220,15 @@ def varlen_fwd(
     if out_ is not None:
         checks.check_buffer("Output", out_, q.dtype, PACKED_Q_SHAPE, tuple(q.shape))
 
-    spec = flash_math.Attention(
-        softmax_scale, is_causal, (window_size_left, window_size_right), softcap, p_dropout, q.dtype
+    spec = flash_math.of_flash_attn_2(
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        p_dropout,
+        q.dtype,
+        max_seqlen_k,
     )
     rng_state = dropout.draw_rng_state(p_dropout, gen_, q.device)
     generator = dropout.generator_of(p_dropout, rng_state)
@@ -215,11 +240,17 @@ def varlen_fwd(
     for sequence in _sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k):
         qs, ks = sequence.queries, sequence.keys
         keep = dropout.keep_mask((1, heads, _length(qs), _length(ks)), p_dropout, generator)
+        keys, values = (
+            _packed(x, ks)
+            if block_table is None
+            else _in_order(flash_pages.read(x, block_table[sequence.index], 0, _length(ks)))
+            for x in (k, v)
+        )
         result = flash_math.forward(
             spec,
             _packed(q, qs),
-            _packed(k, ks),
-            _packed(v, ks),
+            keys,
+            values,
             _slopes_of(alibi_slopes, sequence.index),
             keep,
         )
@@ -281,8 +312,15 @@ def varlen_bwd(
     dk = _gradient_buffer("dk", dk_, k, PACKED_K_SHAPE)
     dv = _gradient_buffer("dv", dv_, v, PACKED_K_SHAPE)
 
-    spec = flash_math.Attention(
-        softmax_scale, is_causal, (window_size_left, window_size_right), softcap, p_dropout, q.dtype
+    spec = flash_math.of_flash_attn_2(
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        p_dropout,
+        q.dtype,
+        max_seqlen_k,
     )
     if rng_state is None:
         rng_state = dropout.draw_rng_state(p_dropout, gen_, q.device)
@@ -310,11 +348,6 @@ def varlen_bwd(
         start = qs.start + 128 * sequence.index
         softmax_d[:, start : start + _length(qs)] = grads.row_dot[0]
     return dq, dk, dv, softmax_d
-
-
-def fwd_kvcache(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Refused: flash_attn_with_kvcache is no dispatcher op, so DTensor never sees it."""
-    raise NotImplementedError("fwd_kvcache: attncheck's stand-in has no kv cache")
 
 
 @dataclass(frozen=True)
@@ -348,7 +381,12 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 def _packed(x: torch.Tensor, part: slice) -> torch.Tensor:
     """One sequence of (total, h, d) as float32 (1, h, s, d)."""
-    return x[part].transpose(0, 1).unsqueeze(0).to(torch.float32)
+    return _in_order(x[part])
+
+
+def _in_order(x: torch.Tensor) -> torch.Tensor:
+    """(s, h, d) to float32 (1, h, s, d)."""
+    return x.transpose(0, 1).unsqueeze(0).to(torch.float32)
 
 
 def _slopes_of(slopes: Maybe, sequence: int) -> Maybe:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from attncheck.errors import UserError
 
@@ -24,51 +25,79 @@ FLASH_ATTN_OPS = (
 )
 
 
+MODULE = "flash_attn_2_cuda"
+# The compiled module's signatures: from which version on, and the stand-in that has them. None: not
+# known. 2.6.0 lacks `leftpad_k`, which 2.6.1 put between other arguments; older ones lack more.
+SIGNATURES: tuple[tuple[Version, str | None], ...] = (
+    (Version("2.7.0"), "flash_attn_2_cuda"),
+    (Version("2.6.1"), "flash_attn_2_6_cuda"),
+    (Version("2.6.0"), None),
+    (Version("2.5.7"), "flash_attn_2_5_cuda"),
+    (Version("0"), None),
+)
+
+
 def provide() -> None:
     """Put the stand-in in the place of the compiled module, then register CPU kernels for the ops.
 
     Raises UserError where the real module is loaded already (whoever imported it keeps it, so a swap
-    would be a lie), ImportError where flash-attn is not installed.
+    would be a lie) and for a version whose signatures no stand-in has, ImportError where flash-attn
+    is not installed.
     """
     install()
     register_cpu_kernels()
 
 
 def install() -> None:
-    """Put `attncheck.standins.flash_attn_2_cuda` into sys.modules as `flash_attn_2_cuda`."""
-    name = "flash_attn_2_cuda"
-    module = importlib.import_module(f"attncheck.standins.{name}")
-    loaded = sys.modules.setdefault(name, module)
+    """Put the stand-in for the installed version's module into sys.modules as `flash_attn_2_cuda`."""
+    module = importlib.import_module(f"attncheck.standins.{standin_for(installed_version())}")
+    loaded = sys.modules.setdefault(MODULE, module)
     if loaded is not module:
         raise UserError(
-            f"The compiled module {name} is already loaded (from "
+            f"The compiled module {MODULE} is already loaded (from "
             f"{getattr(loaded, '__file__', 'memory')}), so its stand-in cannot take its place."
         )
+
+
+def installed_version() -> str:
+    """The version of the distribution flash-attn, or '' where there is none."""
+    try:
+        return importlib.metadata.version("flash-attn")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def standin_for(version: str) -> str:
+    """The module in attncheck.standins with the signatures of that version of flash-attn, the newest
+    for ''. Raises UserError.
+
+    >>> standin_for("2.6.3")
+    'flash_attn_2_6_cuda'
+    """
+    if not version:
+        return str(SIGNATURES[0][1])
+    name = next(name for start, name in SIGNATURES if Version(version) >= start)
+    if name is None:
+        raise UserError(
+            f"attncheck has no stand-in for the compiled module of flash-attn {version}: expected "
+            "2.5.7 to 2.5.9, or 2.6.1 or newer."
+        )
+    return name
 
 
 def register_cpu_kernels() -> tuple[str, ...]:
     """Register the bodies of flash-attn's four ops for the CPU key too; twice is harmless.
 
-    Returns the ops as PyTorch writes them. Raises UserError where the package has no dispatcher ops
-    (flash-attn before 2.7).
+    Returns the ops as PyTorch writes them: none before flash-attn 2.7, whose functions call the
+    compiled module themselves.
     """
     interface = importlib.import_module("flash_attn.flash_attn_interface")
-    ops = [_custom_op(interface, name) for name in FLASH_ATTN_OPS]
-    bodies = [_body(op, name) for op, name in zip(ops, FLASH_ATTN_OPS, strict=True)]
-    for op, body in zip(ops, bodies, strict=True):
-        op.register_kernel("cpu", body)  # a second call replaces the body by itself
-    return tuple(f"flash_attn.{name}.default" for name in FLASH_ATTN_OPS)
-
-
-def _custom_op(interface: ModuleType, name: str) -> Any:
-    op = getattr(interface, name, None)
-    if op is None or not hasattr(op, "register_kernel"):
-        raise UserError(
-            f"flash-attn {_version()} has no dispatcher op flash_attn::{name}: these came with "
-            "2.7.0 (and PyTorch 2.4); older versions call the compiled extension directly, and no "
-            "CPU kernel can be registered for that."
-        )
-    return op
+    ops: dict[str, Any] = {name: getattr(interface, name, None) for name in FLASH_ATTN_OPS}
+    ops = {name: op for name, op in ops.items() if hasattr(op, "register_kernel")}
+    bodies = {name: _body(op, name) for name, op in ops.items()}
+    for name, op in ops.items():
+        op.register_kernel("cpu", bodies[name])  # a second call replaces the body by itself
+    return tuple(f"flash_attn.{name}.default" for name in ops)
 
 
 def _body(op: Any, name: str) -> Callable[..., Any]:
@@ -82,8 +111,3 @@ def _body(op: Any, name: str) -> Callable[..., Any]:
             f"flash_attn::{name}; attncheck cannot run flash-attn on a CPU with it."
         )
     return body  # type: ignore[no-any-return]
-
-
-def _version() -> str:
-    package = importlib.import_module("flash_attn")
-    return str(getattr(package, "__version__", "of unknown version"))

@@ -1,65 +1,67 @@
-"""Run by test_flash_attn.py where the real flash_attn is: the error of every setting, unsharded, as
-JSON.
+"""Run by test_flash_attn*.py where the real flash_attn is: what settings give on whole tensors, as JSON.
+
+`python flash_attn_errors.py LEVEL PROBE_FILE ...`: {operator/setting: {tensor: [error, bound]}} against the
+float64 reference, or {operator/setting: text} where the setting is refused.
 
 Bound: 16 roundings of the largest value of a result: about one for each of the products,
 exponentials and sums that a gradient goes through (5.4 is the worst that was measured, in float32).
+With dropout, values mean nothing: the facts that the oracle finds take their place.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from attncheck import standins
 from attncheck.plugins import load_probe_file
-from attncheck.probing import Operator, Setting
-from attncheck.runner.inputs import cotangent, whole_tensors
+from attncheck.probing import LEVELS, Operator, Setting
+from attncheck.runner import case
+from attncheck.runner.oracle import judge_dropout
 
 ROUNDINGS = 16
 
 
-def results(
-    operator: Operator, setting: Setting, tensors: dict[str, torch.Tensor], exact: bool
-) -> dict[str, torch.Tensor]:
-    """`out` and `grad.*` of the reference in float64 (`exact`) or of the operator."""
-    leaves = {}
-    for spec in operator.tensors(setting):
-        whole = tensors[spec.name]
-        if exact and whole.is_floating_point():
-            whole = whole.double()
-        leaves[spec.name] = whole.detach().clone().requires_grad_(spec.requires_grad)
-    out = (operator.reference if exact else operator.call)(setting, leaves)
-    dout = cotangent(operator.name, setting, out.shape, tensors[next(iter(tensors))].dtype, 0)
-    wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
-    grads = torch.autograd.grad(out, [leaves[name] for name in wanted], dout.to(out.dtype))
-    return {"out": out.detach(), **{f"grad.{n}": g for n, g in zip(wanted, grads, strict=True)}}
+def measured(operator: Operator, setting: Setting) -> Any:
+    prepared = case.prepare(operator, setting, 0, "cpu")
+    if prepared.refused is not None:
+        reason, text = prepared.refused
+        return f"{reason.value}: {text}"
+    if setting.dropout:
+        out = prepared.unsharded["out"].double()
+        facts = judge_dropout(out, [out], sharded=False, rate=setting.dropout)
+        return {"out": [float(len(facts)), 0.0], "grad.v": [0.0, 0.0]}
+    reference = case.run_reference(prepared, 0)
+    assert list(reference) == list(prepared.unsharded)
+    errors = {}
+    for name, exact in reference.items():
+        got = prepared.unsharded[name]
+        assert got.shape == exact.shape, name
+        assert bool((exact.isinf() == got.isinf()).all()), name
+        finite = exact.isfinite()
+        error = (got.double() - exact)[finite].abs().max()
+        bound = ROUNDINGS * torch.finfo(got.dtype).eps * exact[finite].abs().max()
+        errors[name] = [float(error), float(bound)]
+        assert all(math.isfinite(number) for number in errors[name]), name
+    return errors
 
 
-def errors(operator: Operator, setting: Setting) -> dict[str, list[float]]:
-    tensors = whole_tensors(operator.name, setting, operator.tensors(setting), 0)
-    want, got = (results(operator, setting, tensors, exact) for exact in (True, False))
-    assert list(want) == list(got)
-    out = {}
-    for name, exact in want.items():
-        assert got[name].shape == exact.shape
-        eps = torch.finfo(got[name].dtype).eps
-        error = float((got[name].double() - exact).abs().max())
-        out[name] = [error, ROUNDINGS * eps * float(exact.abs().max())]
-    return out
-
-
-def main() -> None:
+def main(level: str, *probe_files: str) -> None:
     standins.provide("flash_attn_2_cuda")
-    probe = load_probe_file(Path(__file__).parents[3] / "probes" / "flash_attn.py")
     report = {
-        f"{operator.name}/{setting.name}": errors(operator, setting)
-        for operator in probe.operators
+        f"{operator.name}/{setting.name}": measured(operator, setting)
+        for probe_file in probe_files
+        for operator in load_probe_file(Path(probe_file)).operators
         for setting in operator.settings
+        if LEVELS.index(setting.level) <= LEVELS.index(level)
     }
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

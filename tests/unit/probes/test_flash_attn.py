@@ -1,24 +1,19 @@
-"""The flash-attn probe: its description, and every setting on the real package against its
-reference."""
+"""The flash-attn probe: its description. `test_flash_attn_versions.py` runs it on the real package."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from attncheck import provision
 from attncheck.model import Case
 from attncheck.plan import Selection, plan
 from attncheck.plugins import load_probe_file
 from attncheck.probing import OTHER, Operator, Probe, Setting
 
 REPOSITORY = Path(__file__).parents[3]
-VERSIONS = ("2.7.4.post1", "2.8.3.post2")
 MESH = {"tp": 2}
 
 
@@ -51,8 +46,8 @@ def test_levels_have_their_sizes() -> None:
     assert {case.placement for case in quick} == {"replicate", "batch", "heads"}
     assert len(quick) == 12
     default = cases("default")
-    assert 150 <= len(default) <= 190
-    assert len({case.operator for case in default}) == 4
+    assert 190 <= len(default) <= 220
+    assert len({case.operator for case in default}) == 6
     assert len(cases("full")) > len(default)
 
 
@@ -60,7 +55,8 @@ def test_default_covers_what_users_hit() -> None:
     default = {case.setting_name for case in cases("default") if case.operator == "flash_attn_func"}
     assert default >= {
         "plain", "causal", "window", "softcap", "alibi", "gqa", "mqa", "gqa_uneven_kv",
-        "uneven_heads", "batch_1", "head_dim_20", "scale", "bfloat16", "float16",
+        "uneven_heads", "batch_1", "head_dim_20", "scale", "bfloat16", "float16", "attn_probs",
+        "dropout",
     }  # fmt: skip
 
 
@@ -74,21 +70,60 @@ def test_sizes_hide_nothing(operator: Operator, setting: Setting) -> None:
     assert len(set(sizes)) == len(sizes)
     assert len(set(halves)) == len(halves)
     assert setting["heads"] % setting["kv_heads"] == 0
-    assert {t.name for t in tensors if t.requires_grad} == {
-        t.name for t in tensors if t.dtype is None
-    }
+    wanted = {t.name for t in tensors if t.dtype is None}
+    if setting.dropout:
+        wanted = {"v"}  # q is 0, v the identity: runner.oracle.judge_dropout
+    elif setting.name == "paged":
+        wanted = set()  # flash-attn has no backward for pages
+    assert {t.name for t in tensors if t.requires_grad} == wanted
+
+
+def by_name(operator: str) -> Operator:
+    return next(o for o in load().operators if o.name == operator)
 
 
 def test_varlen_sequences_fill_the_tokens() -> None:
-    operator = load().operators[-1]
+    operator = by_name("flash_attn_varlen_func")
     for setting in operator.settings:
         tensors = {t.name: t for t in operator.tensors(setting)}
+        if setting.name == "paged":
+            continue
         for name, tokens in (("cu_seqlens_q", tensors["q"]), ("cu_seqlens_k", tensors["k"])):
             assert tensors[name].values[-1] == tokens.sizes[0]
             assert tensors[name].dtype == "int32"
             wanted = "plain" if setting.name == "cu_seqlens_plain" else "replicate"
             assert tensors[name].wrap == wanted
         assert tensors["q"].sizes[0] // 2 not in tensors["cu_seqlens_q"].values
+
+
+def test_packed_sequences_fill_the_tokens_too() -> None:
+    for name, first in (("qkvpacked", "cu_seqlens"), ("kvpacked", "cu_seqlens_q")):
+        operator = by_name(f"flash_attn_varlen_{name}_func")
+        for setting in operator.settings:
+            tensors = {t.name: t for t in operator.tensors(setting)}
+            tokens = [t.sizes[0] for t in tensors.values() if t.requires_grad]
+            ends = [t.values[-1] for n, t in tensors.items() if n.startswith("cu_seqlens")]
+            assert tokens == ends
+            assert first in tensors
+
+
+def test_pages_are_named_once_by_who_reads_them() -> None:
+    operator = by_name("flash_attn_varlen_func")
+    (setting,) = (s for s in operator.settings if s.name == "paged")
+    tensors = {t.name: t for t in operator.tensors(setting)}
+    pages, rows = tensors["k"].sizes[:2]
+    assert rows % 256 == 0
+    assert max(tensors["block_table"].values) < pages
+    assert max(setting.options["kv_lengths"]) <= tensors["block_table"].sizes[1] * rows
+    assert sum(setting.options["kv_lengths"]) == setting["kv_sequence"]
+
+
+def test_every_operator_is_guarded_and_has_its_stand_in() -> None:
+    for operator in load().operators:
+        assert operator.bypasses == ("flash_attn_2_cuda",)
+        assert operator.standins == ("flash_attn_2_cuda",)
+        assert operator.packages == ("flash-attn>=2.5.9",)
+        assert operator.function == f"flash_attn.{operator.name}"
 
 
 def test_placements_mean_the_right_dims() -> None:
@@ -102,32 +137,3 @@ def test_placements_mean_the_right_dims() -> None:
     varlen = by_id["flash_attn/flash_attn_varlen_func/cu_seqlens_plain/dtensor/tp=2/heads/forward"]
     assert varlen.placements["cu_seqlens_q"] == ("plain",)
     assert varlen.placements["q"] == ("S(1)",)
-
-
-@pytest.fixture(scope="module", params=VERSIONS)
-def measured(request: pytest.FixtureRequest) -> dict[str, dict[str, list[float]]]:
-    """{operator/setting: {tensor: [error, bound]}} of the real package on the stand-in,
-    unsharded."""
-    folder = provision.ensure(provision.parse(f"flash-attn=={request.param}"), log=print)
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("flash_attn_errors.py"))],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    report: dict[str, dict[str, list[float]]] = json.loads(run.stdout)
-    return report
-
-
-def test_every_setting_agrees_with_its_reference(
-    measured: dict[str, dict[str, list[float]]],
-) -> None:
-    assert set(measured) == {f"{operator.name}/{setting.name}" for operator, setting in pairs()}
-    for name, errors in measured.items():
-        assert "out" in errors
-        assert any(tensor.startswith("grad.") for tensor in errors)
-        for tensor, (error, bound) in errors.items():
-            assert error <= bound, f"{name}, {tensor}: {error} above {bound}"
