@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attncheck.runner.reference import attention
+from attncheck.runner.reference import attention, attention_lse
 
 # Both sides are float64 sums of a few dozen terms of size 1.
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
@@ -229,3 +229,34 @@ def test_queries_are_independent_under_one_window(sq: int, sk: int, cut: int) ->
     whole = attention(q, k, v)
     chunks = [attention(q[:, :, at : at + cut], k, v) for at in range(0, sq, cut)]
     torch.testing.assert_close(torch.cat(chunks, 2), whole, **TOLERANCE)
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIZES, SIZES, OPTIONS)
+def test_lse_is_the_log_of_the_softmaxs_sum(sq: int, sk: int, options: dict[str, Any]) -> None:
+    """Identity values give the probabilities; p = exp(score - lse) ties them to the scores."""
+    q, k, _ = (t.detach() for t in qkv(2, 2, 2, sq, sk))
+    eye = torch.eye(sk, dtype=torch.float64).expand(2, 2, sk, sk)
+    probabilities, lse = attention_lse(q, k, eye, **options, empty_lse=torch.inf)
+    assert lse.shape == (2, 2, sq)
+    scores = q @ k.transpose(-1, -2) * options.get("scale", q.shape[-1] ** -0.5)
+    if cap := options.get("softcap", 0.0):
+        scores = cap * torch.tanh(scores / cap)
+    seen = probabilities > 0
+    want = torch.where(seen, torch.exp(scores - lse[..., None]), 0.0)
+    torch.testing.assert_close(probabilities, want, **TOLERANCE)
+    assert torch.equal(lse == torch.inf, ~seen.any(-1))
+
+
+def test_lse_of_packed_sequences_and_of_nothing() -> None:
+    q, k, v = (t.detach().transpose(1, 2).flatten(0, 1) for t in qkv())
+    starts = torch.tensor([0, 0, 6])
+    out, lse = attention_lse(q, k, v, layout="thd", cu_seqlens_q=starts, cu_seqlens_k=starts)
+    assert lse.shape == (4, 10)
+    assert bool((lse[:, 6:] == -torch.inf).all())  # tokens behind the last sequence
+    dense = [t[:6].transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+    want, want_lse = attention_lse(*dense)
+    torch.testing.assert_close(lse[:, :6], want_lse[0])
+    torch.testing.assert_close(out[:6], want[0].transpose(0, 1))
+    _, empty = attention_lse(*(t[:, :, :0] if i else t for i, t in enumerate(dense)))
+    assert bool((empty == -torch.inf).all())
