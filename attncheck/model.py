@@ -113,6 +113,9 @@ class Case:
         return str(self.setting["name"])
 
 
+# The `exception_type` of a case in which a DTensor was kept from a function that is no dispatcher op.
+BYPASSES_DISPATCHER = "BypassesDispatcher"
+
 # Stands for setting, placement and direction in the entry of what no case could be planned of: a probe
 # file that does not load, an op that nobody knows how to call.
 UNPLANNED = "-"

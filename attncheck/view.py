@@ -17,6 +17,7 @@ from enum import Enum
 from typing import Any, TypeVar, cast
 
 from attncheck.model import (
+    BYPASSES_DISPATCHER,
     UNPLANNED,
     CaseResult,
     Finding,
@@ -207,6 +208,15 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """A kernel op without a sharding strategy: how many cases it stops, and of which operators."""
+
+    op: str
+    cases: int
+    operators: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class NotRun:
     """Cases that did not run (or whose check failed) for the same reason."""
 
@@ -226,7 +236,10 @@ class Step:
 
 @dataclass(frozen=True)
 class View:
+    """`missing` is empty where the headline names them all."""
+
     headline: tuple[str, ...]
+    missing: tuple[Missing, ...]
     placements: tuple[str, ...]
     rows: tuple[Row, ...]
     compact: tuple[Row, ...]
@@ -259,6 +272,7 @@ def build(report: Report) -> View:
     statuses = {result.outcome.status for result in report.cases}
     return View(
         headline=_headline(report, works),
+        missing=_missing_list(report.cases),
         placements=placements,
         rows=rows,
         compact=_merged(_rows(_ran(planned), placements, with_setting=False)),
@@ -550,8 +564,22 @@ def _missing_ops(outcome: Outcome) -> tuple[MissingOp, ...]:
     return named
 
 
-# "Which ones?" is the question of somebody whose job just died: the list is cut only where it is absurd.
-EVERY = 20
+# "Which ones?" is the question of somebody whose job just died: they are all named, in the headline where
+# that can be read, and else in a list of their own.
+NAMED_IN_HEADLINE = 6
+
+
+def _missing_list(results: Sequence[CaseResult]) -> tuple[Missing, ...]:
+    ops = missing_kernel_ops(results)
+    if len(ops) <= NAMED_IN_HEADLINE:
+        return ()
+    stopped: dict[str, list[CaseResult]] = {op: [] for op in ops}
+    for result in results:
+        for op in {one_line(op.op, 160) for op in _missing_ops(result.outcome)}:
+            stopped[op].append(result)
+    return tuple(
+        Missing(op, len(hit), tuple(dict.fromkeys(map(_who, hit)))) for op, hit in stopped.items()
+    )
 
 
 def _missing(results: Sequence[CaseResult]) -> str:
@@ -559,24 +587,37 @@ def _missing(results: Sequence[CaseResult]) -> str:
     if not ops:
         return ""
     verb = "kernel op has" if len(ops) == 1 else "kernel ops have"
-    return f"{len(ops)} {verb} no sharding strategy: {listing(ops, EVERY)}."
+    if len(ops) <= NAMED_IN_HEADLINE:
+        return f"{len(ops)} {verb} no sharding strategy: {', '.join(ops)}."
+    return (
+        f"{len(ops)} {verb} no sharding strategy, all listed under Missing: "
+        f"{listing(ops, NAMED_IN_HEADLINE // 2)}."
+    )
 
 
-# What else is said of the cases in any of these statuses, most alarming first.
-_BROKEN: tuple[tuple[str, tuple[Status, ...]], ...] = (
-    ("wrong numbers without any error", (Status.WRONG,)),
-    ("hang, crash or ranks that diverge", (Status.HANG, Status.CRASH, Status.DIVERGED)),
-    ("plain tensors mixed with DTensors", (Status.MIXED_TENSOR,)),
-    ("other exceptions", (Status.ERROR,)),
-    ("rounding that grew", (Status.DRIFT,)),
+def _bypasses(outcome: Outcome) -> bool:
+    return outcome.exception_type == BYPASSES_DISPATCHER
+
+
+# What else is said of the cases of which something holds, most alarming first.
+_BROKEN: tuple[tuple[str, Callable[[Outcome], bool]], ...] = (
+    ("wrong numbers without any error", lambda o: o.status is Status.WRONG),
+    (
+        "hang, crash or ranks that diverge",
+        lambda o: o.status in (Status.HANG, Status.CRASH, Status.DIVERGED),
+    ),
+    ("functions that DTensors would reach as null pointers", _bypasses),
+    ("plain tensors mixed with DTensors", lambda o: o.status is Status.MIXED_TENSOR),
+    ("other exceptions", lambda o: o.status is Status.ERROR and not _bypasses(o)),
+    ("rounding that grew", lambda o: o.status is Status.DRIFT),
 )
 
 
 def _problems(results: Sequence[CaseResult]) -> tuple[str, ...]:
     missing = _missing(results)
     others = []
-    for what, statuses in _BROKEN:
-        hit = [r for r in results if r.outcome.status in statuses]
+    for what, holds in _BROKEN:
+        hit = [r for r in results if holds(r.outcome)]
         if hit:
             who = listing(dict.fromkeys(map(_who, hit)), 2)
             others.append(f"{what} in {count(len(hit), 'case')} ({who})")

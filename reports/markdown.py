@@ -76,6 +76,7 @@ def render(report: Report, *, options: RenderOptions) -> str:
 def _render(view: View, options: RenderOptions, detail: Detail) -> str:
     sections: tuple[Iterable[str], ...] = (
         _headline(view),
+        _missing(view),
         _environment(view),
         _findings(view, detail),
         _works(view),
@@ -151,6 +152,14 @@ def _headline(view: View) -> Iterable[str]:
     rest = [*view.headline[1:], *(f"Note: {notice}" for notice in view.notices)]
     for sentence in rest:
         yield prose(sentence)
+
+
+def _missing(view: View) -> Iterable[str]:
+    if not view.missing:
+        return
+    yield "## Missing"
+    rows = ((code(m.op), str(m.cases), prose(listing(m.operators, 3))) for m in view.missing)
+    yield _table(("kernel op without a sharding strategy", "cases", "operators"), rows)
 
 
 def _findings(view: View, detail: Detail) -> Iterable[str]:

@@ -53,6 +53,7 @@ def render(report: Report, *, options: RenderOptions) -> str:
     page = Page(options)
     sections: tuple[Iterable[Line], ...] = (
         page.headline(view),
+        page.missing(view),
         page.matrix(view),
         page.works(view),
         page.findings(view),
@@ -104,6 +105,16 @@ class Page:
             yield from self.text("", sentence, "bold")
         for notice in view.notices:
             yield from self.text("! ", notice, "yellow")
+
+    def missing(self, view: View) -> Iterable[Line]:
+        if not view.missing:
+            return
+        yield _heading(
+            "Missing", "kernel ops without a sharding strategy, and how many cases each stops"
+        )
+        for missing in view.missing:
+            text = f"{missing.op}: {listing(missing.operators, 2)}"
+            yield from self.text(f"  {missing.cases:>4}  ", text, rest=" " * 10)
 
     def matrix(self, view: View) -> Iterable[Line]:
         if not view.compact:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from attncheck.model import CaseResult, Finding, Remedy, Severity, Status
+from attncheck.model import BYPASSES_DISPATCHER, CaseResult, Finding, Remedy, Severity, Status
 from attncheck.rules import remedies
 from attncheck.rules.base import Rule, extent, group_by_op
 
@@ -30,8 +30,6 @@ Hand it ordinary tensors: call it through `local_map`, which gives each rank its
 a version that has a dispatcher op (flash-attn from 2.7.0 on), or another operator.
 """
 
-EXCEPTION = "BypassesDispatcher"
-
 
 def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
     for group in group_by_op(results, applies):
@@ -50,7 +48,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
 
 def applies(result: CaseResult) -> bool:
     outcome = result.outcome
-    return outcome.status is Status.ERROR and outcome.exception_type == EXCEPTION
+    return outcome.status is Status.ERROR and outcome.exception_type == BYPASSES_DISPATCHER
 
 
 def _newer(function: str) -> list[Remedy]:

@@ -6,6 +6,7 @@ a setting, in the order of the operator's settings. ATTNCHECK_UPDATE_SNAPSHOTS=1
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -390,3 +391,17 @@ def check_snapshot(name: str, text: str) -> None:
         path.write_bytes(text.encode("utf-8"))
     assert path.exists(), f"no snapshot {name}: run with ATTNCHECK_UPDATE_SNAPSHOTS=1"
     assert text == path.read_bytes().decode("utf-8")
+
+
+def with_many_missing() -> Report:
+    """The sample with a case more, which misses one op more than a headline can hold."""
+    report = sample()
+    first = next(r for r in report.cases if r.outcome.status is Status.MISSING_STRATEGY)
+    more = CaseResult(
+        dataclasses.replace(first.case, id="more/1", operator="more_attention"),
+        Outcome(
+            Status.MISSING_STRATEGY,
+            missing_ops=(MissingOp("more.attention.default", "forward", "strategy", "refused"),),
+        ),
+    )
+    return dataclasses.replace(report, cases=(*report.cases, more))

@@ -153,6 +153,33 @@ def test_headline_names_what_is_missing_and_what_works(sample) -> None:
     )
 
 
+def test_more_missing_ops_than_a_headline_can_hold_are_listed(sample) -> None:
+    assert sample.missing == ()
+    many = view.build(sample_report.with_many_missing())
+    assert many.headline[0].startswith(
+        "7 kernel ops have no sharding strategy, all listed under Missing: "
+    )
+    assert len({m.op for m in many.missing}) == 7
+    assert view.Missing("more.attention.default", 1, ("more_attention",)) in many.missing
+    largest = many.missing[0]
+    assert largest.op == sample_report.FLASH_FORWARD
+    stopped = [
+        r
+        for r in sample_report.results()
+        if any(m.op == largest.op for m in view._missing_ops(r.outcome))
+    ]
+    assert largest.cases == len(stopped) > 1
+
+
+def test_null_pointers_are_no_other_exceptions() -> None:
+    result = part_of("e").cases[0]
+    outcome = dataclasses.replace(result.outcome, exception_type="BypassesDispatcher")
+    report = part_of("e", cases=(dataclasses.replace(result, outcome=outcome),))
+    (first, *_) = view.build(report).headline
+    assert first.startswith("Found: functions that DTensors would reach as null pointers in 1 case")
+    assert "other exceptions" not in first
+
+
 @pytest.mark.parametrize(
     ("report", "sentence"),
     [

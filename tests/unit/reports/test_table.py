@@ -131,3 +131,14 @@ def test_many_meshes_and_placements_fit() -> None:
     )
     text = render(dataclasses.replace(report, cases=cases, findings=()), width=80)
     assert max(map(len, text.split("\n"))) <= 80
+
+
+@pytest.mark.parametrize("name", ["table", "markdown"])
+def test_every_missing_op_has_a_line(name: str) -> None:
+    report = sample_report.with_many_missing()
+    text = plugins.load_format(name).render(report, options=RenderOptions(width=100))
+    section = text.partition("\n## Missing" if name == "markdown" else "\nMissing (")[2]
+    section = section.partition("\n\n#" if name == "markdown" else "\n\n")[0]
+    assert "more.attention.default" in section
+    assert sample_report.FLASH_FORWARD in section
+    assert section.count(".default") >= 7
