@@ -398,6 +398,22 @@ def test_alternatives_need_the_same_placement_an_equivalent_setting_and_every_di
     assert proven[0].evidence == tuple(sorted(r.case.id for r in good))
 
 
+def test_heads_that_the_ranks_divide_are_no_way_out_of_heads_that_they_do_not() -> None:
+    sick = make(fact("wrong_result"), setting="gqa_12_3", heads=12, kv_heads=3)
+    even = make(OK, "other", setting="gqa", heads=20, kv_heads=4)
+    uneven = make(OK, "uneven_too", setting="gqa_24_3", heads=24, kv_heads=3)
+    (finding,) = found([sick, even, uneven], "ATN201")
+    assert {case for r in finding.remedies for case in r.evidence} == {uneven.case.id}
+
+
+def test_a_setting_of_the_same_name_that_fails_is_not_passed_over_for_another() -> None:
+    sick = make(missing(), setting="gqa", heads=20)
+    fails = make(fact("wrong_result"), "other", setting="gqa", heads=20)
+    works = make(OK, "other", setting="gqa_wide", heads=40)
+    (finding,) = found([sick, fails, works], "ATN101")
+    assert not any(r.evidence for r in finding.remedies)
+
+
 def test_alternatives_prefer_supported_over_redistributed_and_state_the_cost() -> None:
     costly = Outcome(Status.REDISTRIBUTED, collectives=GATHER)
     results = [
