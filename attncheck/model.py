@@ -204,7 +204,8 @@ class Fact:
     `replicas_differ`, `local_shape` (a local tensor's shape is not what its placement says),
     `second_call_differs` (the warm call gave another result than the first), `gradient_missing`,
     `dropout_rate`, `dropout_shared` (shards drew the same random mask), `dropout_values`,
-    `plain_result` (DTensors went in, an ordinary tensor came out).
+    `plain_result` (DTensors went in, an ordinary tensor came out), `process_changed` (the case left
+    something changed for every call after it; the workers were started afresh).
     """
 
     code: str

@@ -16,6 +16,7 @@ operators named after them call the kernel op as the dispatch would on CUDA, on 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -172,13 +173,19 @@ def in_context(
 
 
 def missing() -> str:
-    """Why there is no `context_parallel`, or ''."""
+    """Why there is no `context_parallel`, or ''. Raises ModuleNotFoundError for a package that it needs."""
     from attncheck.runner import compat
 
     try:
         compat.context_parallel_tools()
     except ImportError as error:
         return f"this torch has no context_parallel: {error}"
+    # Entering it imports this module, and that numpy, without which torch is content otherwise (2.13).
+    try:
+        importlib.import_module("torch.distributed.tensor.debug")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("torch"):  # an older torch has no such module
+            raise
     return ""
 
 

@@ -48,6 +48,7 @@ class RankRecord:
     unavailable: tuple[Reason, str] | None = None
     exception: tuple[str, str, str] | None = None  # type, text, the op it came from
     failure: str = ""  # the check itself failed: why
+    changed: tuple[str, ...] = ()  # what the case left changed in the process
     trace: Trace = field(default_factory=Trace)
     results: dict[str, Local] = field(default_factory=dict)
     warm: dict[str, Local] | None = None

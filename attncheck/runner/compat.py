@@ -37,6 +37,7 @@ __all__ = [
     "op_name",
     "placement_from_text",
     "placement_text",
+    "process_state",
     "quiet_exit",
     "refusal",
     "refusal_sentence",
@@ -364,6 +365,32 @@ def forget_compiled() -> None:
     """Start torch.compile afresh: what it met before (sizes that changed) decides what it does next."""
     if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the import takes a second
         torch.compiler.reset()
+
+
+def process_state() -> dict[str, Any]:
+    """What a call can leave changed for every call after it, by name; compare two with `==`.
+
+    PyTorch's own `context_parallel` does: where entering it raises, `F.scaled_dot_product_attention` stays
+    replaced (2.6 to 2.13).
+    """
+    import torch.nn.functional as F
+    from torch.backends import cuda, mha
+
+    handlers = getattr(DTensor._op_dispatcher, "_custom_op_handlers", {})
+    state: dict[str, Any] = {
+        "F.scaled_dot_product_attention": F.scaled_dot_product_attention,
+        "DTensor's op handlers": frozenset(str(op) for op in handlers),
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "nn.MultiheadAttention's fast path": mha.get_fastpath_enabled(),
+    }
+    for backend in ("flash", "mem_efficient", "math", "cudnn"):
+        name = f"{backend}_sdp_enabled"
+        if hasattr(cuda, name):  # cuDNN's from 2.5 on
+            state[f"torch.backends.cuda.{name}"] = getattr(cuda, name)()
+    return state
 
 
 def rendezvous_store(attempt: str) -> tuple[Any, int, int]:

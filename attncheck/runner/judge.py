@@ -96,6 +96,19 @@ def judge(
     return _judge_numbers(base, case, prepared, records, expected)
 
 
+def changed(records: Sequence[RankRecord]) -> tuple[str, ...]:
+    """What the case left changed in the process of some rank."""
+    return tuple(dict.fromkeys(name for record in records for name in record.changed))
+
+
+def left_changed(outcome: Outcome, names: Sequence[str]) -> Outcome:
+    """The outcome with what it left changed, as facts and in words."""
+    facts = tuple(Fact("process_changed", name) for name in names)
+    text = f"afterwards the process was changed ({', '.join(names)}), so the workers started afresh"
+    message = f"{outcome.message}; {text}" if outcome.message else text
+    return replace(outcome, facts=(*outcome.facts, *facts), message=message)
+
+
 def collectives_differ(records: Sequence[RankRecord]) -> bool:
     """Whether the ranks issued different collectives: the group is then out of step and must be rebuilt."""
     return len({tuple(_names(r)) for r in records}) > 1

@@ -145,6 +145,7 @@ class Worker:
             self.config.case_timeout + 15, exit=True, file=self.fault_file
         )
         began = time.perf_counter()
+        state = compat.process_state()
         try:
             prepared = self._prepare(case)
             prepared_at = time.perf_counter()
@@ -163,6 +164,8 @@ class Worker:
             }
         except (Exception, SystemExit) as error:  # a probe's exit() ends its case, not the scan
             prepared, record = None, cases.failed_record(self.rank, error)
+        after = compat.process_state()
+        record.changed = tuple(name for name, value in state.items() if after[name] != value)
         self.state.set("done")
         if self.journal is None:
             self.store.set(f"record/{index}/{self.rank}", _pack(record))
@@ -193,7 +196,11 @@ class Worker:
         except (Exception, SystemExit) as error:
             failed = [cases.failed_record(self.rank, error)]
             outcome = judge.failed(failed, self.config.seed, self.config.hash_seeds)
-        again = b"restart" if judge.collectives_differ(records) else b"go"
+        # Ranks out of step, or a process that is not what it was: the next case needs fresh ones.
+        changed = judge.changed(records)
+        again = b"restart" if changed or judge.collectives_differ(records) else b"go"
+        if changed:
+            outcome = judge.left_changed(outcome, changed)
         seconds = {
             **record.seconds,
             "wait_for_ranks": gathered - began,

@@ -286,6 +286,8 @@ EXPECTED: dict[str, set[str]] = {
     "mutates_argument": {"ATN505"},
     "mutates_declared_argument": set(),
     "calls_exit": {"ATN505"},
+    "changes_the_process": set(),
+    "after_the_change": set(),
 }
 
 
@@ -300,6 +302,8 @@ def call(name: str) -> Callable[[Setting, Tensors], Any]:
             _import_broken_extension()
         if name == "calls_exit":
             sys.exit(0)
+        if name == "after_the_change":
+            assert torch.nn.functional.scaled_dot_product_attention is not _broken
         if name == "returns_nothing":
             return None
         if name == "bypasses_dispatcher":
@@ -318,6 +322,8 @@ def call(name: str) -> Callable[[Setting, Tensors], Any]:
                 zeros = DTensor.from_local(zeros, q.device_mesh, [Replicate()], run_check=False)
             q = torch.ops.aten.add.Tensor(q, zeros)
         out = op(name)(q, k, v)
+        if name == "changes_the_process" and isinstance(q, DTensor):
+            torch.nn.functional.scaled_dot_product_attention = _broken  # type: ignore[assignment]
         if name == "diverged_collective" and isinstance(out, DTensor) and rank() == 0:
             _all_reduce(out.to_local())
         if name == "placement_lost" and isinstance(out, DTensor):
@@ -327,6 +333,10 @@ def call(name: str) -> Callable[[Setting, Tensors], Any]:
         return out
 
     return run
+
+
+def _broken(*unused: Any, **unused_too: Any) -> Any:
+    """What one case puts in the place of PyTorch's function, and no later case may meet."""
 
 
 def no_op(q: Any, k: Any, v: Any) -> Any:

@@ -77,6 +77,7 @@ def test_healthy_twins_are_supported(report: dict[str, Any], name: str) -> None:
         ("reference_of_wrong_shape", "reference gives out of shape (3, 6, 4, 8)"),
         ("reference_forgotten", "reference is missing"),
         ("reference_wrong", "differs from its reference by up to"),
+        ("changes_the_process", "(F.scaled_dot_product_attention), so the workers started afresh"),
         ("behind_the_dispatcher", "planted.behind_the_dispatcher is no dispatcher op"),
         ("returns_nothing", "call returned NoneType"),
         ("mutates_argument", "the call changed its argument k"),
