@@ -8,6 +8,7 @@ escaping for a format's own syntax is the format's business. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shlex
 from collections import Counter
@@ -663,9 +664,14 @@ def _placement_to_name(works: Sequence[Works]) -> Works | None:
 
 
 def _groups(report: Report) -> tuple[Group, ...]:
+    """The op without a strategy that stops most cases first: jobs die of it. Then the worst first."""
     by_id = {result.case.id: result for result in report.cases}
     groups: dict[str, list[Finding]] = {}
-    for finding in sorted(report.findings, key=lambda f: _badness(f, by_id)):
+    lead = missing_kernel_ops(report.cases)[:1]
+    for finding in sorted(
+        report.findings,
+        key=lambda f: (one_line(f.kernel_op, 160) not in lead, *_badness(f, by_id)),
+    ):
         groups.setdefault(one_line(finding.kernel_op, 160), []).append(finding)
     return tuple(
         Group(op, tuple(_finding(finding, by_id) for finding in findings))
@@ -886,7 +892,8 @@ def _steps(report: Report, groups: Sequence[Group]) -> tuple[Step, ...]:
         )
     operator = _operator_of(report, first)
     if operator:
-        command = f"attncheck scan --operator {shlex.quote(operator)} -v"
+        options = _what_brings_it(str(report.environment.get("command", "")))
+        command = " ".join(["attncheck scan", *options, f"--operator {shlex.quote(operator)} -v"])
         steps.append(Step(command, "run it alone, every case listed"))
     steps.append(
         Step("attncheck scan ... --output markdown:report.md", "a report to paste into an issue")
@@ -895,6 +902,25 @@ def _steps(report: Report, groups: Sequence[Group]) -> tuple[Step, ...]:
         Step("attncheck scan ... --output json:report.json", "everything, for CI or other formats")
     )
     return tuple(steps)
+
+
+# Options of a scan without which its operators are not there, or not on the same ranks.
+_BRINGING = ("--with", "--import", "--probe", "--device", "--mesh", "--ranks")
+
+
+def _what_brings_it(command: str) -> list[str]:
+    """Of a scan's command line, what another scan of one of its operators needs too.
+
+    >>> _what_brings_it("attncheck scan --with flash-attn --level quick --ranks=4 -q")
+    ['--with flash-attn', '--ranks 4']
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return []
+    parts = [word.split("=", 1) if word.startswith("--") else [word] for word in words]
+    pairs = itertools.pairwise(itertools.chain.from_iterable(parts))
+    return [f"{option} {shlex.quote(value)}" for option, value in pairs if option in _BRINGING]
 
 
 def _operator_of(report: Report, first: FindingView | None) -> str:

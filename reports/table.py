@@ -142,7 +142,7 @@ class Page:
         counts = ", ".join(
             count(n, "note" if s is Severity.INFO else s.value) for s, n in view.severities
         )
-        yield _heading("Findings, worst first", counts)
+        yield _heading("Findings", counts)
         shown: dict[str, str] = {}
         number = 0
         for group in view.groups:

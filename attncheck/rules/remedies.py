@@ -198,8 +198,12 @@ def _operator_remedy(way: _Way, total: int, own: set[tuple[str, str, str]]) -> R
     how = "" if route == DTENSOR else f" by the route `{route}`"
     directions = {r.case.direction for r in way.cases}
     which = "forward and backward" if "backward" in directions else "forward"
+    function = way.cases[0].case.function
+    what = f" (`{function}`)" if function.startswith("torch.ops.") else ""
+    stand = ", on stand-in kernels" if any(r.outcome.standins for r in way.cases) else ""
     text = (
-        f"`{operator}`{how} works in this scan {_share(way.covers, total)} ({which}), {way.cost}."
+        f"`{operator}`{what}{how} works in this scan{stand} {_share(way.covers, total)} ({which}), "
+        f"{way.cost}."
     )
     other_route = way.name not in own and (operator, probe) in {(o, p) for o, _, p in own}
     kind = "route" if other_route else "operator"

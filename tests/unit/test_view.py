@@ -194,12 +194,13 @@ def test_headlines(report: Report, sentence: str) -> None:
     assert view.build(report).headline[0].startswith(sentence)
 
 
-def test_findings_worst_first_and_by_kernel_op(sample) -> None:
-    assert [group.title for group in sample.groups][:2] == [
+def test_findings_by_kernel_op_what_stops_most_first_then_the_worst(sample) -> None:
+    assert [group.title for group in sample.groups][:3] == [
+        "flash_attn._flash_attn_forward.default",
         "No single kernel op",
         "aten._scaled_dot_product_flash_attention.default",
     ]
-    assert [f.rule for f in sample.groups[0].findings] == ["ATN502", "ATN501", "ATN401"]
+    assert [f.rule for f in sample.groups[1].findings] == ["ATN502", "ATN501", "ATN401"]
     assert sample.severities == (
         (Severity.ERROR, 7), (Severity.WARNING, 1), (Severity.INFO, 1),
     )  # fmt: skip
@@ -295,11 +296,29 @@ def test_exit_line_agrees_with_the_exit_code(report: Report, words: str) -> None
 def test_steps_can_be_pasted(sample) -> None:
     commands = [step.command for step in sample.steps]
     assert commands[:2] == [
-        "attncheck explain ATN502", "attncheck scan --operator flash_attn_with_kvcache -v",
-    ]  # fmt: skip
+        "attncheck explain ATN101",
+        "attncheck scan --with flash-attn --operator flash_attn_func -v",
+    ]
     bracket = [f for f in sample_report.sample().findings if f.rule == "ATN201"]
     steps = view.build(dataclasses.replace(sample_report.sample(), findings=tuple(bracket))).steps
-    assert "attncheck scan --operator 'sdpa[FLASH_ATTENTION]' -v" in [s.command for s in steps]
+    assert "--operator 'sdpa[FLASH_ATTENTION]' -v" in steps[1].command
+
+
+@pytest.mark.parametrize(
+    ("command", "scan"),
+    [
+        ("attncheck scan", "attncheck scan --operator"),
+        ("attncheck scan --with flash-attn==2.6.3 -q", "scan --with flash-attn==2.6.3 --operator"),
+        ("attncheck scan --import=a --ranks 4", "scan --import a --ranks 4 --operator"),
+        ("attncheck scan --probe 'my kernel.py'", "scan --probe 'my kernel.py' --operator"),
+        ("attncheck scan --with 'torn", "attncheck scan --operator"),
+    ],
+)
+def test_a_scan_of_one_operator_keeps_what_brings_it(command: str, scan: str) -> None:
+    report = sample_report.sample()
+    environment = {**report.environment, "command": command}
+    steps = view.build(dataclasses.replace(report, environment=environment)).steps
+    assert scan in steps[1].command
 
 
 def test_costs_add_up_over_kernel_ops() -> None:
