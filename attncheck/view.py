@@ -664,19 +664,28 @@ def _placement_to_name(works: Sequence[Works]) -> Works | None:
 
 
 def _groups(report: Report) -> tuple[Group, ...]:
-    """The op without a strategy that stops most cases first: jobs die of it. Then the worst first."""
+    """What stops most cases first: jobs die of it. Then the worst first."""
     by_id = {result.case.id: result for result in report.cases}
     groups: dict[str, list[Finding]] = {}
-    lead = missing_kernel_ops(report.cases)[:1]
+    lead = _leading_op(report.cases)
     for finding in sorted(
         report.findings,
-        key=lambda f: (one_line(f.kernel_op, 160) not in lead, *_badness(f, by_id)),
+        key=lambda f: (one_line(f.kernel_op, 160) != lead, *_badness(f, by_id)),
     ):
         groups.setdefault(one_line(finding.kernel_op, 160), []).append(finding)
     return tuple(
         Group(op, tuple(_finding(finding, by_id) for finding in findings))
         for op, findings in groups.items()
     )
+
+
+def _leading_op(results: Sequence[CaseResult]) -> str:
+    """The first op without a strategy, or the function that is no op where that stops more cases."""
+    cases = Counter(one_line(r.outcome.kernel_op, 160) for r in results if _bypasses(r.outcome))
+    first = missing_kernel_ops(results)[:1]
+    for result in results:
+        cases.update({one_line(op.op, 160) for op in _missing_ops(result.outcome)} & set(first))
+    return max([*first, *cases], key=lambda op: cases[op], default="")
 
 
 def _badness(finding: Finding, by_id: Mapping[str, CaseResult]) -> tuple[int, int, int, str, str]:
