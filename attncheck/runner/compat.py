@@ -270,12 +270,12 @@ def context_parallel_options(load_balance: bool, rotate: str) -> Iterator[None]:
 
 
 def registered_schemas() -> list[Any]:
-    """The FunctionSchema of every dispatcher op in this process (a private name, 1.13 to 2.15)."""
+    """The FunctionSchema of every dispatcher op in this process (a private name)."""
     return list(torch._C._jit_get_all_schemas())
 
 
 def higher_order_ops() -> dict[str, Any]:
-    """Higher-order ops by name: no dispatcher table has them. {} where torch keeps no list (before 2.5)."""
+    """Higher-order ops by name: no dispatcher table has them. {} where torch keeps no list of them."""
     try:
         from torch._ops import _higher_order_ops
     except ImportError:
@@ -293,30 +293,31 @@ def find_overload(name: str) -> Any:
 
 def kernel_keys(schema: Any, keys: Sequence[str]) -> tuple[str, ...]:
     """On which of the dispatch `keys` the op can be called, through a kernel of its own or a default."""
-    name = schema.name + (f".{schema.overload_name}" if schema.overload_name else "")
     has = torch._C._dispatch_has_computed_kernel_for_dispatch_key
-    return tuple(key for key in keys if has(name, key))
+    return tuple(key for key in keys if has(_dispatch_name(schema), key))
 
 
 def is_composite(schema: Any) -> bool:
     """Whether the op is made of others before any tensor subclass sees it."""
-    name = schema.name + (f".{schema.overload_name}" if schema.overload_name else "")
-    key = "CompositeImplicitAutograd"
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return bool(has(_dispatch_name(schema), "CompositeImplicitAutograd"))
 
 
 def has_autograd(schema: Any) -> bool:
     """Whether the op has an autograd formula. Without one PyTorch warns, and goes on with what comes."""
-    name = schema.name + (f".{schema.overload_name}" if schema.overload_name else "")
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return is_composite(schema) or any(has(name, key) for key in ("Autograd", "AutogradCPU"))
+    has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, _dispatch_name(schema))
+    return is_composite(schema) or any(map(has, ("Autograd", "AutogradCPU", "AutogradCUDA")))
+
+
+def _dispatch_name(schema: Any) -> str:
+    return str(schema.name) + (f".{schema.overload_name}" if schema.overload_name else "")
 
 
 def has_strategy(op: Any) -> bool:
     """Whether DTensor has a strategy registered for an op.
 
-    Tables come and go: `op_to_rules` in all, `op_strategy_funcs` from 2.1, `op_single_dim_strategy_funcs`
-    from 2.11 (nearly all strategies live there from 2.14 on). A higher-order op takes a `py_impl` instead.
+    Tables come and go: `op_single_dim_strategy_funcs` came with 2.11, and nearly all strategies live there
+    from 2.14 on. A higher-order op takes a `py_impl` instead.
     """
     if not hasattr(op, "_schema"):
         return DTensor in op.python_key_table
@@ -371,7 +372,7 @@ def process_state() -> dict[str, Any]:
     """What a call can leave changed for every call after it, by name; compare two with `==`.
 
     PyTorch's own `context_parallel` does: where entering it raises, `F.scaled_dot_product_attention` stays
-    replaced (2.6 to 2.13).
+    replaced (seen in 2.13, without numpy).
     """
     import torch.nn.functional as F
     from torch.backends import cuda, mha
