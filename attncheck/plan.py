@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from attncheck.errors import UserError, unknown
@@ -98,14 +98,18 @@ def patterns_for(
 
 
 def plan(
-    probes: Iterable[Probe], mesh: Mapping[str, int], selection: Selection
+    probes: Iterable[Probe],
+    mesh: Mapping[str, int],
+    selection: Selection,
+    beside: Collection[str] = (),
 ) -> tuple[Case, ...]:
     """Every selected case, cheap and safe ones first.
 
-    Raises UserError for a selector that matches nothing, or when nothing is left.
+    `beside`: names of operators of which no case can be made, and the report says why; asking for one is
+    no mistake. Raises UserError for a selector that matches nothing, or when nothing is left.
     """
     probes = tuple(probes)
-    _check_selection(probes, mesh, selection)
+    _check_selection(probes, mesh, selection, beside)
     ranked = []
     for probe_at, probe in enumerate(probes):
         for operator_at, operator in enumerate(probe.operators):
@@ -120,7 +124,7 @@ def plan(
                     key = (risk, operator.slow, probe_at, setting_at, operator_at)
                     ranked.append((key, case))
     ranked.sort(key=lambda pair: pair[0])
-    if not ranked:
+    if not ranked and not any(_matches(name, selection.operators) for name in beside):
         raise UserError(
             "Nothing to run: no case matches the chosen operators, settings, placements and directions "
             f"together at level {selection.level}; `attncheck list --cases` shows what there is."
@@ -190,7 +194,10 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
 
 
 def _check_selection(
-    probes: Sequence[Probe], mesh: Mapping[str, int], selection: Selection
+    probes: Sequence[Probe],
+    mesh: Mapping[str, int],
+    selection: Selection,
+    beside: Collection[str],
 ) -> None:
     operators = [o for p in probes for o in p.operators]
     patterns = {
@@ -200,7 +207,7 @@ def _check_selection(
         for names in patterns_for(o, s, "full", len(mesh))
     }
     known = {
-        "operator": (selection.operators, {o.name for o in operators}),
+        "operator": (selection.operators, {*beside, *(o.name for o in operators)}),
         "setting": (selection.settings, {s.name for o in operators for s in o.settings}),
         "placement": (selection.placements, patterns or set(PATTERNS)),
         "direction": (selection.directions, set(DIRECTIONS)),

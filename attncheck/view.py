@@ -871,13 +871,13 @@ def _texts(value: Any) -> list[str]:
 
 def _exit_line(report: Report) -> str:
     """The exit code of this scan and why, in words: what `cli.exit_code` decides."""
-    if not any(result.outcome.status.ran for result in report.cases):
-        return "Nothing ran, so the scan is inconclusive: exit code 3."
     # A check that failed says nothing of the operator: it makes a scan inconclusive, never failed.
     counts = dict(_severities(f for f in report.findings if f.rule != "ATN505"))
     errors, warnings = counts.get(Severity.ERROR, 0), counts.get(Severity.WARNING, 0)
     if errors:
         return f"{count(errors, 'error')}: exit code 1 with the default --fail-on error."
+    if not any(result.outcome.status.ran for result in report.cases):
+        return "Nothing ran, so the scan is inconclusive: exit code 3."
     found = f"No errors, {count(warnings, 'warning')}" if warnings else "No errors or warnings"
     if _inconclusive(report.cases):
         return f"{found}, but too much did not run to call it clean: exit code 3."

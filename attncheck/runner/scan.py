@@ -95,7 +95,7 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     phases = {"provision": round(time.time() - provisioned, 2)}
     found = _look(shelf.probes, imports, request, path)
     probes = [plugins.with_discovered(p, found.ops) for p in shelf.probes]
-    cases = plan(probes, request.mesh, request.selection)
+    cases = plan(probes, request.mesh, request.selection, _beside_names(found))
     timeout = request.case_timeout or CASE_TIMEOUT[request.selection.level]
     ranks = math.prod(request.mesh.values())
     config = RunConfig(
@@ -172,6 +172,12 @@ def _look(
         if problem.module in request.imports:
             raise UserError(f"Module {problem.module} does not import: {problem.text}.")
     return found
+
+
+def _beside_names(found: inventory.Inventory) -> list[str]:
+    """The operators that stand in the report without a case: ops uncalled, modules not imported."""
+    names = [op.op for op in inventory.uncalled(found.ops)] + [p.module for p in found.problems]
+    return [inventory.operator_name(name) for name in names]
 
 
 def resume(folder: Path | None, log: Log, on_progress: Progress) -> Report:
@@ -305,7 +311,7 @@ def _uncalled(config: RunConfig, op: inventory.RegisteredOp) -> CaseResult:
 def _unimported(config: RunConfig, problem: inventory.Problem) -> CaseResult:
     """The entry of an installed package whose ops could not be had."""
     reason = {"missing": Reason.PACKAGE_MISSING, "broken": Reason.EXTENSION_NOT_LOADABLE}
-    name = f"{REGISTERED}.{problem.module}"
+    name = inventory.operator_name(problem.module)
     return _beside_the_plan(config, REGISTERED, name, reason[problem.kind], problem.text)
 
 

@@ -14,6 +14,7 @@ from attncheck import view
 from attncheck.model import (
     CaseResult,
     Collective,
+    Finding,
     Outcome,
     Reason,
     Remedy,
@@ -42,6 +43,20 @@ def part_of(*letters: str, **changes: object) -> Report:
     wanted = {sample_report.LETTERS[letter] for letter in letters}
     cases = tuple(r for r in sample_report.results() if r.outcome.status in wanted)
     return Report(**{"environment": {}, "cases": cases, "findings": (), **changes})
+
+
+def unloadable() -> Finding:
+    """An error although nothing ran: the environment is what is broken."""
+    case = part_of("u").cases[0].case.id
+    return Finding(
+        rule="ATN402",
+        name="extension-not-loadable",
+        severity=Severity.ERROR,
+        title="the compiled extension does not load",
+        kernel_op="",
+        cases=(case,),
+        fingerprint="0" * 16,
+    )
 
 
 def test_every_status_has_a_style_of_its_own() -> None:
@@ -282,6 +297,7 @@ def test_any_report_has_a_view(report: Report) -> None:
         (part_of("u"), "exit code 3"),
         (part_of("s", "?"), "exit code 3"),
         (part_of("s"), "exit code 0"),
+        (part_of("u", findings=(unloadable(),)), "1 error: exit code 1"),
         (sample_report.sample(), "7 errors: exit code 1"),
     ],
 )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import real_scan
 import torch
 
 from attncheck import standins
@@ -61,19 +59,11 @@ def test_options_hold_inside_and_are_put_back() -> None:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], dict[str, Any]]:
     """By operator (what stands in its brackets), setting and direction."""
     folder = tmp_path_factory.mktemp("context_parallel")
-    command = [
-        sys.executable, "-m", "attncheck", "scan", "--seed", "4",
-        "--operator", "context_parallel*", "--output", f"json:{folder / 'r.json'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert done.returncode == 1, done.stderr
+    report = real_scan.scan(folder, "--operator", "context_parallel*")
+    found = real_scan.outcomes(report, "context_parallel")
     return {
-        (
-            case["operator"].removeprefix("context_parallel").strip("[]"),
-            case["setting"]["name"],
-            case["direction"],
-        ): case["outcome"]
-        for case in json.loads((folder / "r.json").read_text())["cases"]
+        (operator.strip("[]"), setting, direction): outcome
+        for (operator, setting, _, direction), outcome in found.items()
     }
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import real_scan
 import torch
+from real_scan import Outcomes
 
 from attncheck.plan import Selection, plan
 from attncheck.plugins import load_probe_file
@@ -26,33 +27,16 @@ NO_META = "Sharding propagation failed for flash_attn_3.fwd.default: it has no M
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("flash_attn_3")
-    command = [
-        sys.executable, "-m", "attncheck", "scan", "--seed", "4",
-        "--operator", "flash_attn_3.*", "--output", f"json:{folder / 'r.json'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert done.returncode == 1, done.stderr
-    loaded: dict[str, Any] = json.loads((folder / "r.json").read_text())
-    return loaded
+    return real_scan.scan(folder, "--operator", "flash_attn_3.*")
 
 
 @pytest.fixture(scope="module")
-def outcomes(report: dict[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
+def outcomes(report: dict[str, Any]) -> Outcomes:
     """By operator (without `flash_attn_3.`), setting, placement and direction."""
-    return {
-        (
-            case["operator"].removeprefix("flash_attn_3."),
-            case["setting"]["name"],
-            case["placement"],
-            case["direction"],
-        ): case["outcome"]
-        for case in report["cases"]
-    }
+    return real_scan.outcomes(report, "flash_attn_3.")
 
 
-def test_nothing_went_wrong_beside_the_verdicts(
-    outcomes: dict[tuple[str, ...], dict[str, Any]],
-) -> None:
+def test_nothing_went_wrong_beside_the_verdicts(outcomes: Outcomes) -> None:
     assert len(outcomes) == 72
     statuses = {outcome["status"] for outcome in outcomes.values()}
     assert statuses <= {"missing_strategy", "mixed_tensor", "unavailable"}
@@ -87,7 +71,7 @@ def test_reports_say_that_the_package_is_not_there(report: dict[str, Any]) -> No
     ],
 )
 def test_verdicts(
-    outcomes: dict[tuple[str, ...], dict[str, Any]],
+    outcomes: Outcomes,
     operator: str,
     setting: str,
     placement: str,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import real_scan
 import torch
 
 from attncheck.plugins import load_probe_file
@@ -91,15 +90,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     """By operator."""
     folder = tmp_path_factory.mktemp("flash_attn_4")
     (folder / "switched.py").write_text(SWITCHED)
-    command = [
-        sys.executable, "-m", "attncheck", "scan", "--seed", "4",
-        "--probe", str(folder / "switched.py"), "--operator", "switched.*",
-        "--operator", "flash_attn_4", "--operator", "sdpa[FA*", "--output", f"json:{folder / 'r.json'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert done.returncode in (0, 3), done.stderr  # 8 of 16 cases cannot run
+    report = real_scan.scan(
+        folder, "--probe", str(folder / "switched.py"), "--operator", "switched.*",
+        "--operator", "flash_attn_4", "--operator", "sdpa[FA*",
+        codes=(0, 3),  # 8 of 16 cases cannot run
+    )  # fmt: skip
     by_operator: dict[str, list[dict[str, Any]]] = {}
-    for case in json.loads((folder / "r.json").read_text())["cases"]:
+    for case in report["cases"]:
         by_operator.setdefault(case["operator"], []).append(case["outcome"])
     return by_operator
 

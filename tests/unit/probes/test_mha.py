@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+import real_scan
 import torch
+from real_scan import Outcomes
 
 from attncheck.plugins import load_probe_file
 from attncheck.probing import Operator, Setting
@@ -56,27 +54,13 @@ def test_scores_do_not_saturate(operator: Operator, setting: Setting) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], dict[str, Any]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """By operator (without `nn.`), setting, placement and direction."""
     folder = tmp_path_factory.mktemp("mha")
-    command = [
-        sys.executable, "-m", "attncheck", "scan", "--seed", "4",
-        "--operator", "nn.*", "--output", f"json:{folder / 'r.json'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert done.returncode == 1, done.stderr
-    return {
-        (
-            case["operator"].removeprefix("nn."),
-            case["setting"]["name"],
-            case["placement"],
-            case["direction"],
-        ): case["outcome"]
-        for case in json.loads((folder / "r.json").read_text())["cases"]
-    }
+    return real_scan.outcomes(real_scan.scan(folder, "--operator", "nn.*"), "nn.")
 
 
-def test_every_case_has_a_verdict(outcomes: dict[tuple[str, ...], dict[str, Any]]) -> None:
+def test_every_case_has_a_verdict(outcomes: Outcomes) -> None:
     assert len(outcomes) >= 50
     statuses = {outcome["status"] for outcome in outcomes.values()}
     assert not statuses & {"unknown", "unavailable", "wrong", "crash", "hang", "diverged"}
@@ -182,7 +166,7 @@ NO_STRATEGY = "Operator aten.{}.default does not have a sharding strategy regist
     ],
 )
 def test_verdicts(
-    outcomes: dict[tuple[str, ...], dict[str, Any]],
+    outcomes: Outcomes,
     operator: str,
     setting: str,
     placement: str,

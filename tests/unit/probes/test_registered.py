@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import real_scan
 
 from attncheck.inventory import RegisteredOp, Signature
 from attncheck.plan import Selection, plan
@@ -53,21 +51,11 @@ def test_layout_decides_what_heads_means_and_gradients_what_is_run() -> None:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("registered")
-    command = [
-        sys.executable, "-m", "attncheck", "scan", "--import", "registered_ops", "--seed", "4",
-        "--operator", "registered.*", "--placement", "heads", "--output", f"json:{folder / 'r.json'}",
-    ]  # fmt: skip
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(HERE)},
-    )
-    assert done.returncode == 1, done.stderr
-    assert "running the code of registered_ops" in done.stderr
-    document: dict[str, Any] = json.loads((folder / "r.json").read_text())
+    document, stderr = real_scan.scan_and_stderr(
+        folder, "--import", "registered_ops", "--operator", "registered.*",
+        "--placement", "heads", PYTHONPATH=str(HERE),
+    )  # fmt: skip
+    assert "running the code of registered_ops" in stderr
     return document
 
 
@@ -116,3 +104,17 @@ def test_what_nobody_can_call_is_listed(report: dict[str, Any]) -> None:
     findings = [f for f in report["findings"] if f["rule"] == "ATN401"]
     assert len(findings) == 4
     assert all("attncheck new probe" in json.dumps(f["remedies"]) for f in findings)
+
+
+def test_an_installed_package_that_does_not_import_is_in_the_report(tmp_path: Path) -> None:
+    """No case can be made of it, but asking for it is no mistake."""
+    (tmp_path / "aiter").mkdir()
+    (tmp_path / "aiter" / "__init__.py").write_text("raise ImportError('undefined symbol: x')")
+    info = tmp_path / "aiter-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: aiter\nVersion: 1.0\n")
+    report = real_scan.scan(tmp_path, "--operator", "registered.*", PYTHONPATH=str(tmp_path))
+    (case,) = report["cases"]
+    assert case["operator"] == "registered.aiter"
+    assert case["outcome"]["reason"] == "extension_not_loadable"
+    assert "undefined symbol: x" in case["outcome"]["message"]

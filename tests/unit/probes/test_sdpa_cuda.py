@@ -3,14 +3,14 @@ torch 2.13.0 on stand-ins find."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+import real_scan
 import torch
+from real_scan import Outcomes
 
 from attncheck import standins
 from attncheck.plan import Selection, plan
@@ -38,30 +38,10 @@ on_2_13 = pytest.mark.skipif(
 )
 both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
-Outcomes = dict[tuple[str, ...], dict[str, Any]]
-
 
 def scan(folder: Path, *options: str) -> Outcomes:
     """By operator (without `sdpa_cuda.`), setting, placement and direction."""
-    report = folder / "r.json"
-    command = [sys.executable, "-m", "attncheck", "scan", "--seed", "4", *options]
-    done = subprocess.run(
-        [*command, "--output", f"json:{report}"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder,
-    )
-    assert done.returncode == 1, done.stderr
-    return {
-        (
-            case["operator"].removeprefix("sdpa_cuda."),
-            case["setting"]["name"],
-            case["placement"],
-            case["direction"],
-        ): case["outcome"]
-        for case in json.loads(report.read_text())["cases"]
-    }
+    return real_scan.outcomes(real_scan.scan(folder, *options), "sdpa_cuda.")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import real_scan
 import torch
+from real_scan import Outcomes
 
 from attncheck import standins
 from attncheck.model import Reason
@@ -129,26 +130,13 @@ def test_an_older_signature_runs_what_it_can_and_refuses_the_rest() -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], dict[str, Any]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """By operator, setting, placement and direction."""
     folder = tmp_path_factory.mktemp("varlen")
-    command = [
-        sys.executable, "-m", "attncheck", "scan", "--seed", "4", "--operator", "varlen_attn*",
-        "--output", f"json:{folder / 'r.json'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert done.returncode == 1, done.stderr
-    return {
-        (case["operator"], case["setting"]["name"], case["placement"], case["direction"]): case[
-            "outcome"
-        ]
-        for case in json.loads((folder / "r.json").read_text())["cases"]
-    }
+    return real_scan.outcomes(real_scan.scan(folder, "--operator", "varlen_attn*"))
 
 
-def test_nothing_is_unavailable_or_unknown(
-    outcomes: dict[tuple[str, ...], dict[str, Any]],
-) -> None:
+def test_nothing_is_unavailable_or_unknown(outcomes: Outcomes) -> None:
     statuses = {outcome["status"] for outcome in outcomes.values()}
     assert not statuses & {"unknown", "unavailable", "wrong", "crash", "hang", "diverged"}
     assert all("torch.nn.attention.varlen" in o["standins"][0] for o in outcomes.values())
@@ -170,8 +158,8 @@ def test_nothing_is_unavailable_or_unknown(
     ],
 )
 def test_verdicts(
-    outcomes: dict[tuple[str, ...], dict[str, Any]],
-    key: tuple[str, ...],
+    outcomes: Outcomes,
+    key: tuple[str, str, str, str],
     status: str,
     missing: int,
 ) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import real_scan
 import torch
+from real_scan import Outcomes
 
 from attncheck import provision
 from attncheck.plan import Selection, plan
@@ -25,8 +27,6 @@ REFUSED = {
     "xformers.ck",
     "xformers.triton_splitk",
 }
-
-Outcomes = dict[tuple[str, ...], dict[str, Any]]
 
 
 def load() -> Probe:
@@ -115,22 +115,8 @@ def test_every_setting_agrees_with_its_reference(
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """By operator (without `xformers.`), setting, placement and direction."""
     folder = tmp_path_factory.mktemp("xformers")
-    command = [
-        sys.executable, "-m", "attncheck", "scan", "--with", "xformers", "--seed", "4",
-        "--operator", "xformers.*", "--output", f"json:{folder / 'r.json'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert done.returncode == 1, done.stderr
-    return {
-        (
-            case["operator"].removeprefix("xformers."),
-            case["setting"]["name"],
-            case["placement"],
-            case["direction"],
-        ): case["outcome"]
-        for case in json.loads((folder / "r.json").read_text())["cases"]
-        if case["probe"] == "xformers"
-    }
+    report = real_scan.scan(folder, "--with", "xformers", "--operator", "xformers.*")
+    return real_scan.outcomes(report, "xformers.")
 
 
 def test_a_refusal_comes_with_xformers_own_reasons_for_each_kernel(outcomes: Outcomes) -> None:
