@@ -339,9 +339,12 @@ def test_wheel_holds_both_shelves_and_no_top_level_names(tmp_path: Path) -> None
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"attncheck/probes/sdpa.py", "attncheck/reports/table.py", "attncheck/py.typed"} <= set(
-        names
-    )
+    assert {
+        "attncheck/probes/sdpa.py",
+        "attncheck/reports/table.py",
+        "attncheck/templates/probe.py",
+        "attncheck/py.typed",
+    } <= set(names)
     assert "attncheck/schema/report.schema.json" in names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"attncheck"}
