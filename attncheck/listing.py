@@ -91,10 +91,13 @@ def _called_by(operators: Mapping[str, Sequence[str]], op: RegisteredOp) -> str:
 
 
 def _probes(probes: Sequence[Probe]) -> str:
-    rows = [
+    rows: list[tuple[object, ...]] = [
         (p.name, o.name, len(o.settings), ", ".join(o.packages) or "torch", ", ".join(o.kernel_ops))
         for p in probes
         for o in p.operators
+    ]
+    rows += [
+        (p.name, "(one per op that --import registers)", "", "", "") for p in probes if p.discover
     ]
     return tabulate(rows, ["probe", "operator", "settings", "needs", "kernel ops"]) + "\n"
 

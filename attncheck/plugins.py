@@ -57,11 +57,15 @@ def builtin_dir(shelf: Shelf) -> Path:
 
 @dataclass(frozen=True)
 class ProbeShelf:
-    """The probes that could be loaded, the file of each (same order), and why others could not."""
+    """The probes that could be loaded, the file of each (same order), and why others could not.
+
+    `shipped`: those of the files that installed packages brought, unasked.
+    """
 
     probes: tuple[Probe, ...]
     files: tuple[Path, ...]
     errors: tuple[tuple[Path, str], ...]
+    shipped: tuple[Path, ...] = ()
 
 
 def load_probes(extra: Iterable[Path] = ()) -> ProbeShelf:
@@ -86,7 +90,13 @@ def load_probes(extra: Iterable[Path] = ()) -> ProbeShelf:
             errors.append((path, str(error)))
         else:
             probes[path] = probe
-    return ProbeShelf(tuple(probes.values()), tuple(probes), tuple(errors))
+    brought = {path.resolve() for path in shipped}
+    return ProbeShelf(
+        tuple(probes.values()),
+        tuple(probes),
+        tuple(errors),
+        tuple(path for path in probes if path in brought),
+    )
 
 
 def _shipped_probes() -> tuple[list[Path], list[tuple[Path, str]]]:

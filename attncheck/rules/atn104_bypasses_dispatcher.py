@@ -11,8 +11,10 @@ from attncheck.rules.base import Rule, extent, group_by_op
 DOCS = """\
 ## What it does
 Fires where a DTensor was about to be handed to a function that is no dispatcher op: a pybind
-extension, a Triton or CuTe kernel. attncheck stands in front of such functions and stops the call
-there; nothing was read through the pointer.
+extension, a Triton or CuTe kernel. Where a probe names such functions, attncheck stands in front of
+them and stops the call there. Where it does not, attncheck follows the call once on ordinary tensors:
+an output that comes out of no dispatcher op was filled behind the dispatcher's back, and the function
+is never called with DTensors. Either way nothing was read through the pointer.
 
 ## Why is this bad?
 DTensor works by intercepting dispatcher ops. It cannot intercept this one, no sharding strategy can

@@ -83,6 +83,8 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     began = time.time()
     _check_request(request)
     shelf = plugins.load_probes([Path(p) for p in request.probe_files])
+    for file in shelf.shipped:
+        log(f"running the code of {file}, which an installed package ships")
     for _, sentence in shelf.errors:
         log(sentence)
     imports = (*request.imports, *_installed_imports(shelf.probes, request))

@@ -195,7 +195,8 @@ def test_an_entry_point_names_a_probe_file_of_a_package(package) -> None:
     shelf = plugins.load_probes()
     assert shelf.errors == ()
     assert "shipped" in {p.name for p in shelf.probes}
-    assert folder / "shipped" / "probes.py" in shelf.files
+    assert shelf.shipped == (folder / "shipped" / "probes.py",)
+    assert set(shelf.shipped) < set(shelf.files)
 
 
 @pytest.mark.parametrize("module", ["shipped.nothing", "nowhere.probes"])
