@@ -79,10 +79,10 @@ def _kernel_ops(found: Inventory, operators: Mapping[str, Sequence[str]]) -> str
 
 
 def _kernels(op: RegisteredOp) -> str:
-    if op.standin:
-        return "stand-in"
-    everywhere = len(op.kernels) > 2  # a default for every device
-    return "any device" if everywhere else ", ".join(op.kernels) or "none here"
+    if len(op.kernels) > 2:  # a default for every device
+        return "any device"
+    ours = " (stand-in)" if op.standin else ""
+    return ", ".join(f"{k}{ours}" if k == "cpu" else k for k in op.kernels) or "none here"
 
 
 def _called_by(operators: Mapping[str, Sequence[str]], op: RegisteredOp) -> str:

@@ -229,7 +229,9 @@ def route_higher_order_ops(*modes: type) -> None:
 def _through_mode(op: Any, mode: Any, *args: Any, **kwargs: Any) -> Any:
     leaves, _ = tree_flatten((args, kwargs))
     types = {type(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
-    return mode.__torch_dispatch__(op, types, args, kwargs)
+    # torch.compile traces what a compiled function calls, this included, where it gave up on its own graph
+    # (2.9; from 2.10 on it knows of modes that ignore its internals).
+    return torch.compiler.disable(mode.__torch_dispatch__)(op, types, args, kwargs)
 
 
 # --- context_parallel ----------------------------------------------------------------------------

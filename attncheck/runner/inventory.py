@@ -123,7 +123,7 @@ def _describe(name: str, schema: Any, asked: Look, say: Any) -> RegisteredOp:
         return RegisteredOp(
             name,
             "higher-order op",
-            kernels=tuple(DEVICES.values()),
+            kernels=_kernels(schema),
             strategy=state,
             uncalled="it is a higher-order op",
         )
@@ -153,8 +153,8 @@ def _describe(name: str, schema: Any, asked: Look, say: Any) -> RegisteredOp:
 
 
 def _kernels(schema: Any) -> tuple[str, ...]:
-    if schema is None:
-        return ()
+    if schema is None:  # a higher-order op calls others
+        return tuple(DEVICES.values())
     return tuple(DEVICES[key] for key in compat.kernel_keys(schema, tuple(DEVICES)))
 
 
