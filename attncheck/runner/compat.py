@@ -231,7 +231,8 @@ def _through_mode(op: Any, mode: Any, *args: Any, **kwargs: Any) -> Any:
     types = {type(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
     # torch.compile traces what a compiled function calls, this included, where it gave up on its own graph
     # (2.9; from 2.10 on it knows of modes that ignore its internals).
-    return torch.compiler.disable(mode.__torch_dispatch__)(op, types, args, kwargs)
+    untraced = torch.compiler.disable(mode.__torch_dispatch__)  # type: ignore[no-untyped-call]
+    return untraced(op, types, args, kwargs)
 
 
 # --- context_parallel ----------------------------------------------------------------------------
