@@ -6,19 +6,24 @@ child (`attncheck.runner.inventory`), and what comes back is data.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from attncheck.errors import UserError
 from attncheck.model import from_json, to_json
 
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 180
+# So many ops may end the process that calls them, before nobody wants to wait any longer.
+FATAL_CALLS = 5
+# What the child says before it calls an op.
+CALLING = re.compile(r"calling (\S+)")
 # The probe, and so the operators, made of ops that no other probe names.
 REGISTERED = "registered"
 # Hugging Face `kernels` puts a build id into its namespaces: `_flash_attn_9e27194::fwd`.
@@ -83,7 +88,8 @@ class Inventory:
 class Look:
     """What the child is asked. `imports`: modules to import. `probe_files`: probes whose operators are
     made available first, stand-ins included (empty: none). `path` is put in front of sys.path. `only_new`:
-    leave out what torch itself registers. `call`: find out how to call the ops that `known` does not name.
+    leave out what torch itself registers. `call`: find out how to call the ops that `known` does not name;
+    those in `fatal` are not called, for the reason there.
     """
 
     device: str = "cpu"
@@ -93,10 +99,34 @@ class Look:
     only_new: bool = False
     call: bool = False
     known: tuple[str, ...] = ()
+    fatal: Mapping[str, str] = field(default_factory=dict)
 
 
 def take(look: Look) -> Inventory:
-    """Look in a fresh child process. Raises UserError where it dies or does not end."""
+    """Look in a fresh child process. Raises UserError where it dies or does not end.
+
+    An op whose call ends the process is left uncalled, and the look begins again.
+    """
+    for _ in range(FATAL_CALLS):
+        try:
+            return _take(look)
+        except _CallFailed as failed:
+            look = dataclasses.replace(look, fatal={**look.fatal, failed.op: str(failed)})
+    raise UserError(
+        f"The list of registered ops cannot be had: calling {', '.join(look.fatal)} on small whole "
+        "tensors each time ends the process."
+    )
+
+
+class _CallFailed(Exception):
+    """Calling `op` on small whole tensors ended the process. The text says how."""
+
+    def __init__(self, op: str, how: str) -> None:
+        self.op = op
+        super().__init__(f"called on small whole tensors, it {how}")
+
+
+def _take(look: Look) -> Inventory:
     with tempfile.TemporaryDirectory(prefix="attncheck-") as folder:
         asked, answer = Path(folder, "asked.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(to_json(look)), encoding="utf-8")
@@ -112,25 +142,24 @@ def take(look: Look) -> Inventory:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise UserError(
-                f"The list of registered ops did not come within {TIMEOUT_SECONDS} s: "
-                f"{_doing(answer, look)} does not end."
-            ) from None
+            raise _failure(answer, f"does not end within {TIMEOUT_SECONDS} s") from None
         if done.returncode != 0:
             words = done.stderr.strip().splitlines()
             why = words[-1][:300] if words else f"exit code {done.returncode}"
-            raise UserError(f"The process died that {_doing(answer, look)}: {why}")
+            raise _failure(answer, f"ends the process ({why})")
         document = json.loads(answer.read_text(encoding="utf-8"))
     return from_json(Inventory, document, "inventory")
 
 
-def _doing(answer: Path, look: Look) -> str:
-    """What the child wrote last that it was about to do."""
+def _failure(answer: Path, how: str) -> Exception:
+    """What the child did last, by what it wrote before it did it, and how that ended."""
     try:
         doing = answer.read_text(encoding="utf-8")
     except OSError:
-        doing = ""
-    return doing or f"imported {', '.join(look.imports) or 'torch'}"
+        doing = "starting"
+    if called := CALLING.fullmatch(doing):
+        return _CallFailed(called[1], how)
+    return UserError(f"The list of registered ops cannot be had: {doing} {how}.")
 
 
 def without_build_id(op: str) -> str:

@@ -1,7 +1,7 @@
 """The child of `attncheck.inventory`: imports what it is told to, and says which attention ops there are.
 
-`python -m attncheck.runner.inventory ASKED ANSWER`. It writes what it is about to do into ANSWER before
-it does it, so that the parent can say what ended it, and the inventory at the end.
+`python -m attncheck.runner.inventory ASKED ANSWER`. It writes into ANSWER what it is doing before it does
+it, so that the parent can say what ended it, and the inventory at the end.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def look(asked: Look, doing: Path) -> Inventory:
     for name, schema in _attention_ops():
         if asked.only_new and name in before:
             continue
-        say(f"looked at {name}")
+        say(f"looking at {name}")
         if name not in asked.known or not asked.call:
             op = _describe(name, schema, asked, say)
             ours = name in stood_in and asked.device not in before.get(name, ())
@@ -57,7 +57,7 @@ def look(asked: Look, doing: Path) -> Inventory:
 
 
 def _import(module: str, say: Any) -> Problem | None:
-    say(f"imported {module}")
+    say(f"importing {module}")
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -78,9 +78,9 @@ def _make_available(asked: Look, say: Any) -> set[str]:
     availability = Availability(asked.device)
     stood_in: set[str] = set()
     for file in asked.probe_files:
-        say(f"loaded {file}")
+        say(f"loading {file}")
         for operator in plugins.load_probe_file(Path(file)).operators:
-            say(f"made {operator.name} available")
+            say(f"making {operator.name} available")
             availability.refusal(operator)
             if availability.standins(operator.name):
                 stood_in.update(operator.kernel_ops)
@@ -139,7 +139,7 @@ def _describe(name: str, schema: Any, asked: Look, say: Any) -> RegisteredOp:
     depends = tuple(_variants(op)) if state == "decomposition" else ()
     found, why = None, ""
     if asked.call and name not in asked.known:
-        found, why = _try_signature(op, name, kernels, asked.device, say)
+        found, why = _try_signature(op, name, kernels, asked, say)
     return RegisteredOp(
         op=name,
         schema=str(schema),
@@ -193,15 +193,17 @@ def _backward(name: str) -> str:
 
 
 def _try_signature(
-    op: Any, name: str, kernels: tuple[str, ...], device: str, say: Any
+    op: Any, name: str, kernels: tuple[str, ...], asked: Look, say: Any
 ) -> tuple[Signature | None, str]:
     if re.search(r"backward|bwd", name):
         return None, "a backward is checked through its forward"
-    if device not in kernels:
-        return None, f"it has no {device} kernel"
-    say(f"called {name} on small whole tensors")
+    if asked.device not in kernels:
+        return None, f"it has no {asked.device} kernel"
+    if name in asked.fatal:
+        return None, asked.fatal[name]
+    say(f"calling {name}")
     try:
-        return signature.find(op, device), ""
+        return signature.find(op, asked.device), ""
     except signature.Unclear as error:
         return None, str(error)
 

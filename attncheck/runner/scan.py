@@ -306,7 +306,7 @@ def _unloadable(config: RunConfig, sentence: str) -> CaseResult:
 def _uncalled(config: RunConfig, op: inventory.RegisteredOp) -> CaseResult:
     """The entry of an op that was found registered, and that nobody knows how to call."""
     name = inventory.operator_name(op.op)
-    text = f"{inventory.sentence(op)} It was not called: {op.uncalled}"
+    text = f"{inventory.sentence(op)} It is not scanned: {op.uncalled}"
     return _beside_the_plan(config, REGISTERED, name, Reason.SIGNATURE_UNKNOWN, text)
 
 

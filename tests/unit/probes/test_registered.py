@@ -99,7 +99,7 @@ def test_what_nobody_can_call_is_listed(report: dict[str, Any]) -> None:
     }.items():
         assert listed[name]["status"] == "unavailable"
         assert listed[name]["reason"] == "signature_unknown"
-        assert "has no sharding strategy. It was not called" in listed[name]["message"]
+        assert "has no sharding strategy. It is not scanned" in listed[name]["message"]
         assert words in listed[name]["message"]
     findings = [f for f in report["findings"] if f["rule"] == "ATN401"]
     assert len(findings) == 4

@@ -114,5 +114,21 @@ def test_modules_that_do_not_import_are_problems(tmp_path: Path) -> None:
 
 def test_an_import_that_kills_the_process_is_named(tmp_path: Path) -> None:
     (tmp_path / "killer.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
-    with pytest.raises(UserError, match=r"died that imported killer: exit code -11"):
+    with pytest.raises(UserError, match=r"importing killer ends the process \(exit code -11\)"):
         inventory.take(Look(imports=("killer",), path=(str(tmp_path),)))
+
+
+def test_a_call_that_kills_the_process_costs_no_other_op(tmp_path: Path) -> None:
+    (tmp_path / "deadly.py").write_text(
+        "import os, signal, torch\n"
+        "lib = torch.library.Library('deadly', 'DEF')\n"
+        "for name in ('attention_fwd', 'healthy_attention'):\n"
+        "    lib.define(name + '(Tensor q, Tensor k, Tensor v) -> Tensor')\n"
+        "lib.impl('attention_fwd', lambda q, k, v: os.kill(os.getpid(), signal.SIGSEGV), 'CPU')\n"
+        "lib.impl('healthy_attention', lambda q, k, v: (q @ k.mT / 4).softmax(-1) @ v, 'CPU')\n"
+    )
+    look = Look(imports=("deadly",), path=(str(tmp_path),), only_new=True, call=True)
+    killer, healthy = inventory.take(look).ops
+    assert killer.signature is None
+    assert killer.uncalled == ("called on small whole tensors, it ends the process (exit code -11)")
+    assert healthy.signature == inventory.Signature("bhsd")
