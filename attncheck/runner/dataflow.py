@@ -16,16 +16,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# They take a tensor for its shape alone.
-_ALLOCATE = (
-    "empty_like",
-    "new_empty",
-    "new_empty_strided",
-    "empty",
-    "empty_strided",
-    "empty_permuted",
+# They take a tensor for its shape and dtype alone.
+_ALLOCATE = frozenset(
+    ("empty", "empty_like", "empty_permuted", "empty_strided", "full_like", "new_empty")
+    + ("new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like")
 )
-_FILL = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 
 
 def bypasses_dispatcher(
@@ -61,7 +56,7 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else str(func)
-        if name in _ALLOCATE or name in _FILL:
+        if name in _ALLOCATE:
             return out
         if any(self.comes_from_arguments(t) for t in _tensors((args, kwargs))):
             filled = [*_tensors(out), *_written(func, args, kwargs)]
