@@ -18,8 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 # They take a tensor for its shape and dtype alone.
 _ALLOCATE = frozenset(
-    ("empty", "empty_like", "empty_permuted", "empty_strided", "full_like", "new_empty")
-    + ("new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like")
+    [
+        *("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty"),
+        *("new_empty_strided", "full_like", "new_full", "new_ones", "new_zeros"),
+        *("ones_like", "zeros_like"),
+    ]
 )
 
 
