@@ -166,7 +166,7 @@ class Worker:
             prepared, record = None, cases.failed_record(self.rank, error)
         after = compat.process_state()
         record.changed = tuple(name for name, value in state.items() if after[name] != value)
-        self.state.set("done")
+        self.state.set("done", _raised(record) or None)
         if self.journal is None:
             self.store.set(f"record/{index}/{self.rank}", _pack(record))
             self.watchdog.end()
@@ -260,6 +260,18 @@ class Worker:
                 raise cases.ProbeError(f"{case.operator}: {faults[0]}")
             self.expected = (key, made)
         return self.expected[1]
+
+
+def _raised(record: RankRecord) -> str:
+    """`RuntimeError: heads do not divide in aten.bmm.default`, or '': what a peer that waits for this rank,
+    and never hears from it, will want to know."""
+    if record.exception is None:
+        return ""
+    kind, text, op = record.exception
+    words = " ".join(
+        text.partition("\n")[0].split()
+    )  # no tab: it separates the fields of the state file
+    return f"{kind}: {words[:120]} in {op or record.trace.last_op or 'no op'}"
 
 
 def _init_group(config: RunConfig, store: Any, rank: int, ranks: int) -> None:

@@ -80,6 +80,22 @@ def test_who_gave_up_and_why(run: RunDir, why: str, status: Status) -> None:
     assert not run.stuck.exists()
 
 
+def test_what_the_rank_that_left_had_raised(run: RunDir) -> None:
+    ranks = [
+        {
+            "doing": "done",
+            "op": "RuntimeError: no 3 in 2 heads in aten.view.default",
+            "collectives": 1,
+        },
+        {"doing": "collective", "op": "all_gather in aten.bmm.default", "collectives": 2},
+    ]
+    record = {"case": 4, "why": "peer_left", "rank": 1, "seconds": 5.0, "ranks": ranks, "stack": []}
+    run.stuck.write_text(json.dumps(record))
+    outcome = dead(run)
+    assert "rank 0 (done) RuntimeError: no 3 in 2 heads in aten.view.default" in outcome.message
+    assert outcome.kernel_op == "aten.view.default"
+
+
 def test_a_story_about_another_case_is_not_told(run: RunDir) -> None:
     record = {"case": 3, "why": "deadline", "rank": 0, "seconds": 5.0, "ranks": [], "stack": []}
     run.stuck.write_text(json.dumps(record))
