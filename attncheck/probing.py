@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Union
 
 if TYPE_CHECKING:
@@ -104,6 +105,37 @@ class Tensor:
 
     def __post_init__(self) -> None:
         assert len(self.dims) == len(self.sizes), f"{self.name}: {self.dims} against {self.sizes}"
+
+
+def fixed(
+    name: str,
+    rows: Sequence[int] | Sequence[Sequence[int]],
+    dims: tuple[str, ...] = (OTHER,),
+    wrap: str = "replicate",
+    dtype: str = "int32",
+) -> Tensor:
+    """An argument whose values are the setting's own, in one dim or two: lengths, a block table, a mask."""
+    sizes: tuple[int, ...] = (len(rows),)
+    values: list[int] = []
+    for row in rows:
+        values += [row] if isinstance(row, int) else row
+    if len(dims) == 2:
+        sizes = (len(rows), len(values) // len(rows))
+    return Tensor(
+        name,
+        dims,
+        sizes,
+        requires_grad=False,
+        fill="values",
+        wrap=wrap,
+        dtype=dtype,
+        values=tuple(values),
+    )
+
+
+def cu_seqlens(name: str, lengths: Sequence[int], wrap: str = "replicate") -> Tensor:
+    """Where each packed sequence starts, and where the last one ends: int32, (sequences + 1,)."""
+    return fixed(name, (0, *accumulate(lengths)), wrap=wrap)
 
 
 def refuse_unknown(function: Callable[..., Any], keywords: Iterable[str]) -> None:

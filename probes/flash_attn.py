@@ -9,7 +9,6 @@ attncheck's stand-in for its compiled module: `attncheck scan --with flash-attn`
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from attncheck.probing import (
@@ -26,6 +25,8 @@ from attncheck.probing import (
     Setting,
     Tensor,
     Tensors,
+    cu_seqlens,
+    fixed,
     refuse_unknown,
 )
 
@@ -143,8 +144,12 @@ def varlen_tensors(setting: Setting) -> tuple[Tensor, ...]:
         _tensor("q", VARLEN_Q_DIMS, setting),
         _tensor("k", VARLEN_KV_DIMS, setting),
         _tensor("v", VARLEN_KV_DIMS, setting),
-        _cu_seqlens("cu_seqlens_q", setting.get("q_lengths"), setting),
-        _cu_seqlens("cu_seqlens_k", setting.get("kv_lengths"), setting),
+        cu_seqlens(
+            "cu_seqlens_q", setting.options["q_lengths"], setting.get("cu_seqlens", "replicate")
+        ),
+        cu_seqlens(
+            "cu_seqlens_k", setting.options["kv_lengths"], setting.get("cu_seqlens", "replicate")
+        ),
         *_slopes(setting),
     )
 
@@ -152,7 +157,9 @@ def varlen_tensors(setting: Setting) -> tuple[Tensor, ...]:
 def varlen_qkvpacked_tensors(setting: Setting) -> tuple[Tensor, ...]:
     return (
         _tensor("qkv", VARLEN_QKV_PACKED_DIMS, setting, packed=3),
-        _cu_seqlens("cu_seqlens", setting.get("q_lengths"), setting),
+        cu_seqlens(
+            "cu_seqlens", setting.options["q_lengths"], setting.get("cu_seqlens", "replicate")
+        ),
         *_slopes(setting),
     )
 
@@ -161,8 +168,12 @@ def varlen_kvpacked_tensors(setting: Setting) -> tuple[Tensor, ...]:
     return (
         _tensor("q", VARLEN_Q_DIMS, setting),
         _tensor("kv", VARLEN_KV_PACKED_DIMS, setting, packed=2),
-        _cu_seqlens("cu_seqlens_q", setting.get("q_lengths"), setting),
-        _cu_seqlens("cu_seqlens_k", setting.get("kv_lengths"), setting),
+        cu_seqlens(
+            "cu_seqlens_q", setting.options["q_lengths"], setting.get("cu_seqlens", "replicate")
+        ),
+        cu_seqlens(
+            "cu_seqlens_k", setting.options["kv_lengths"], setting.get("cu_seqlens", "replicate")
+        ),
         *_slopes(setting),
     )
 
@@ -175,32 +186,13 @@ def paged_tensors(setting: Setting) -> tuple[Tensor, ...]:
         Tensor("q", VARLEN_Q_DIMS, tuple(setting[r] for r in VARLEN_Q_DIMS), requires_grad=False),
         Tensor("k", PAGES_DIMS, pages, requires_grad=False),
         Tensor("v", PAGES_DIMS, pages, requires_grad=False),
-        _cu_seqlens("cu_seqlens_q", setting.get("q_lengths"), setting),
-        _cu_seqlens("cu_seqlens_k", setting.get("kv_lengths"), setting),
-        Tensor(
-            "block_table",
-            (OTHER, OTHER),
-            (len(table), len(table[0])),
-            requires_grad=False,
-            fill="values",
-            values=tuple(page for row in table for page in row),
-            dtype="int32",
-            wrap="replicate",
+        cu_seqlens(
+            "cu_seqlens_q", setting.options["q_lengths"], setting.get("cu_seqlens", "replicate")
         ),
-    )
-
-
-def _cu_seqlens(name: str, lengths: list[int], setting: Setting) -> Tensor:
-    starts = (0, *accumulate(lengths))
-    return Tensor(
-        name,
-        (OTHER,),
-        (len(starts),),
-        requires_grad=False,
-        fill="values",
-        values=starts,
-        dtype="int32",
-        wrap=setting.get("cu_seqlens", "replicate"),
+        cu_seqlens(
+            "cu_seqlens_k", setting.options["kv_lengths"], setting.get("cu_seqlens", "replicate")
+        ),
+        fixed("block_table", table, (OTHER, OTHER)),
     )
 
 

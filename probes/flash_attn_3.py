@@ -9,7 +9,6 @@ the schemas of its ops, not by their names: of the two versions only one can be 
 from __future__ import annotations
 
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from attncheck.probing import (
@@ -18,7 +17,6 @@ from attncheck.probing import (
     HEADS,
     KV_HEADS,
     KV_SEQUENCE,
-    OTHER,
     SEQUENCE,
     Operator,
     Probe,
@@ -26,6 +24,7 @@ from attncheck.probing import (
     Setting,
     Tensor,
     Tensors,
+    cu_seqlens,
 )
 
 if TYPE_CHECKING:
@@ -73,24 +72,11 @@ def dense_tensors(setting: Setting) -> tuple[Tensor, ...]:
 
 def varlen_tensors(setting: Setting) -> tuple[Tensor, ...]:
     dims = {"q": VARLEN_Q_DIMS, "k": VARLEN_KV_DIMS, "v": VARLEN_KV_DIMS}
+    wrap = setting.get("cu_seqlens", "replicate")
     return (
         *(Tensor(n, d, tuple(setting[role] for role in d)) for n, d in dims.items()),
-        _cu_seqlens("cu_seqlens_q", setting.options["q_lengths"], setting),
-        _cu_seqlens("cu_seqlens_k", setting.options["kv_lengths"], setting),
-    )
-
-
-def _cu_seqlens(name: str, lengths: list[int], setting: Setting) -> Tensor:
-    starts = (0, *accumulate(lengths))
-    return Tensor(
-        name,
-        (OTHER,),
-        (len(starts),),
-        requires_grad=False,
-        fill="values",
-        values=starts,
-        dtype="int32",
-        wrap=setting.get("cu_seqlens", "replicate"),
+        cu_seqlens("cu_seqlens_q", setting.options["q_lengths"], wrap),
+        cu_seqlens("cu_seqlens_k", setting.options["kv_lengths"], wrap),
     )
 
 

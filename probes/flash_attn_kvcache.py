@@ -23,6 +23,7 @@ from attncheck.probing import (
     Setting,
     Tensor,
     Tensors,
+    fixed,
     refuse_unknown,
 )
 
@@ -52,23 +53,6 @@ CORE = ("replicate", "heads")
 ALL = (*INDEPENDENT, "sequence", "query")
 
 
-def _integers(
-    name: str, dims: tuple[str, ...], rows: list[int] | list[list[int]], wrap: str = "pattern"
-) -> Tensor:
-    flat = [x for row in rows for x in (row if isinstance(row, list) else [row])]
-    sizes = (len(rows),) if len(dims) == 1 else (len(rows), len(flat) // len(rows))
-    return Tensor(
-        name,
-        dims,
-        sizes,
-        requires_grad=False,
-        fill="values",
-        values=tuple(flat),
-        dtype="int32",
-        wrap=wrap,
-    )
-
-
 def tensors(setting: Setting) -> tuple[Tensor, ...]:
     options = setting.options
     room = {BATCH: setting["batch"], KV_SEQUENCE: setting["kv_sequence"], OTHER: CACHE_ROWS}
@@ -91,12 +75,12 @@ def tensors(setting: Setting) -> tuple[Tensor, ...]:
             for name in ("rotary_cos", "rotary_sin")
         ]
     if isinstance(options["cache_seqlens"], list):
-        out.append(_integers("cache_seqlens", (BATCH,), options["cache_seqlens"]))
+        out.append(fixed("cache_seqlens", options["cache_seqlens"], (BATCH,), "pattern"))
     for name in ("cache_batch_idx", "cache_leftpad"):
         if name in options:
-            out.append(_integers(name, (BATCH,), options[name]))
+            out.append(fixed(name, options[name], (BATCH,), "pattern"))
     if "block_table" in options:
-        out.append(_integers("block_table", (BATCH, OTHER), options["block_table"]))
+        out.append(fixed("block_table", options["block_table"], (BATCH, OTHER), "pattern"))
     if options.get("alibi"):
         out.append(
             Tensor(
@@ -115,10 +99,7 @@ def call(setting: Setting, t: Tensors) -> Results:
     from flash_attn import flash_attn_with_kvcache
 
     options = setting.options
-    arguments: dict[str, Any] = {name: x for name, x in t.items() if name not in ("q", "k", "v")}
-    for name in ("k", "v"):
-        if name in t:
-            arguments[name] = t[name]
+    arguments: dict[str, Any] = {name: x for name, x in t.items() if name != "q"}
     if "cache_seqlens" not in t:
         arguments["cache_seqlens"] = options["cache_seqlens"]
     arguments["causal"] = bool(options.get("causal"))

@@ -18,7 +18,6 @@ from attncheck.probing import (
     HEADS,
     KV_HEADS,
     KV_SEQUENCE,
-    OTHER,
     SEQUENCE,
     Operator,
     Probe,
@@ -26,6 +25,7 @@ from attncheck.probing import (
     Setting,
     Tensor,
     Tensors,
+    fixed,
 )
 
 if TYPE_CHECKING:
@@ -77,18 +77,7 @@ def tensors(gradients: bool, setting: Setting) -> tuple[Tensor, ...]:
     if setting.get("mask") == "document":
         # Captured by mask_mod: which document a position belongs to.
         ids = tuple(at for at, length in enumerate(DOCUMENTS) for _ in range(length))
-        out.append(
-            Tensor(
-                "document",
-                (OTHER,),
-                (len(ids),),
-                requires_grad=False,
-                fill="values",
-                values=ids,
-                wrap=wrap or "plain",
-                dtype="int64",
-            )
-        )
+        out.append(fixed("document", ids, wrap=wrap or "plain", dtype="int64"))
     return tuple(out)
 
 

@@ -32,6 +32,7 @@ from attncheck.probing import (
     Setting,
     Tensor,
     Tensors,
+    fixed,
 )
 
 if TYPE_CHECKING:
@@ -99,21 +100,12 @@ def inputs(setting: Setting) -> list[Tensor]:
     if setting.get("cross"):
         out.append(Tensor("memory", MEMORY_DIMS, (setting["batch"], kv_length, hidden)))
     if setting.get("padding"):
-        values = tuple(int(j >= kv_length - pad) for pad in PADDED for j in range(kv_length))
-        out.append(bool_tensor("padding", (BATCH, KV_SEQUENCE), (len(PADDED), kv_length), values))
+        rows = [[int(j >= kv_length - pad) for j in range(kv_length)] for pad in PADDED]
+        out.append(fixed("padding", rows, (BATCH, KV_SEQUENCE), "pattern", "bool"))
     if setting.get("causal"):
-        values = tuple(int(j > i) for i in range(length) for j in range(kv_length))
-        mask = bool_tensor("mask", (OTHER, OTHER), (length, kv_length), values)
-        out.append(replace(mask, wrap=setting.options["mask_as"]))
+        rows = [[int(j > i) for j in range(kv_length)] for i in range(length)]
+        out.append(fixed("mask", rows, (OTHER, OTHER), setting.options["mask_as"], "bool"))
     return out
-
-
-def bool_tensor(
-    name: str, dims: tuple[str, ...], sizes: tuple[int, ...], values: tuple[int, ...]
-) -> Tensor:
-    return Tensor(
-        name, dims, sizes, requires_grad=False, fill="values", values=values, dtype="bool"
-    )
 
 
 def as_called(setting: Setting, tensors: list[Tensor]) -> tuple[Tensor, ...]:

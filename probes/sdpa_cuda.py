@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from attncheck.probing import (
@@ -27,6 +26,7 @@ from attncheck.probing import (
     Setting,
     Tensor,
     Tensors,
+    cu_seqlens,
 )
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def tensors(dense: Dims, packed: Dims, setting: Setting) -> tuple[Tensor, ...]:
         Tensor("v", kv_dims, v, fill="eye" if drop else "normal", wrap=kv_wrap),
     ]
     if lengths is not None:
-        out += [_starts("cu_q", lengths), _starts("cu_k", setting.get("kv_lengths"))]
+        out += [cu_seqlens("cu_q", lengths), cu_seqlens("cu_k", setting.options["kv_lengths"])]
     if "bias" in setting.options:
         out.append(_bias(setting))
     return tuple(out)
@@ -91,19 +91,6 @@ def tensors(dense: Dims, packed: Dims, setting: Setting) -> tuple[Tensor, ...]:
 
 def _sizes(dims: tuple[str, ...], setting: Setting) -> tuple[int, ...]:
     return tuple(1 if role == OTHER else setting[role] for role in dims)
-
-
-def _starts(name: str, lengths: list[int]) -> Tensor:
-    return Tensor(
-        name,
-        (OTHER,),
-        (len(lengths) + 1,),
-        requires_grad=False,
-        fill="values",
-        values=(0, *accumulate(lengths)),
-        dtype="int32",
-        wrap="replicate",
-    )
 
 
 def _bias(setting: Setting) -> Tensor:

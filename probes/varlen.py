@@ -13,7 +13,6 @@ from attncheck.probing import (
     HEADS,
     KV_HEADS,
     KV_SEQUENCE,
-    OTHER,
     SEQUENCE,
     Operator,
     Probe,
@@ -21,6 +20,8 @@ from attncheck.probing import (
     Setting,
     Tensor,
     Tensors,
+    cu_seqlens,
+    fixed,
     refuse_unknown,
 )
 
@@ -65,24 +66,10 @@ def _tensors(setting: Setting, gradients: bool) -> tuple[Tensor, ...]:
         for name, dims in (("q", Q_DIMS), ("k", KV_DIMS), ("v", KV_DIMS))
     ]
     for name, lengths in (("cu_seq_q", "q_lengths"), ("cu_seq_k", "kv_lengths")):
-        starts = (0, *accumulate(setting.options[lengths]))
-        out.append(_integers(name, starts, wrap))
+        out.append(cu_seqlens(name, setting.options[lengths], wrap))
     if "seqused_k" in setting.options:
-        out.append(_integers("seqused_k", tuple(setting.options["seqused_k"]), wrap))
+        out.append(fixed("seqused_k", setting.options["seqused_k"], wrap=wrap))
     return tuple(out)
-
-
-def _integers(name: str, values: tuple[int, ...], wrap: str) -> Tensor:
-    return Tensor(
-        name,
-        (OTHER,),
-        (len(values),),
-        requires_grad=False,
-        fill="values",
-        values=values,
-        dtype="int32",
-        wrap=wrap,
-    )
 
 
 def tensors(setting: Setting) -> tuple[Tensor, ...]:

@@ -46,13 +46,12 @@ def look(asked: Look, doing: Path) -> Inventory:
     stood_in = _make_available(asked, say) if asked.probe_files else set()
     ops = []
     for name, schema in _attention_ops():
-        if asked.only_new and name in before:
+        if (asked.only_new and name in before) or (asked.call and name in asked.known):
             continue
         say(f"looking at {name}")
-        if name not in asked.known or not asked.call:
-            op = _describe(name, schema, asked, say)
-            ours = name in stood_in and asked.device not in before.get(name, ())
-            ops.append(dataclasses.replace(op, standin=ours and asked.device in op.kernels))
+        op = _describe(name, schema, asked, say)
+        ours = name in stood_in and asked.device not in before.get(name, ())
+        ops.append(dataclasses.replace(op, standin=ours and asked.device in op.kernels))
     return Inventory(tuple(ops), tuple(problems))
 
 
@@ -138,7 +137,7 @@ def _describe(name: str, schema: Any, asked: Look, say: Any) -> RegisteredOp:
         state = "decomposition" if compat.has_decomposition(op) else "none"
     depends = tuple(_variants(op)) if state == "decomposition" else ()
     found, why = None, ""
-    if asked.call and name not in asked.known:
+    if asked.call:
         found, why = _try_signature(op, name, kernels, asked, say)
     return RegisteredOp(
         op=name,
