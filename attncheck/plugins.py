@@ -14,7 +14,7 @@ import importlib.util
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -57,25 +57,26 @@ def builtin_dir(shelf: Shelf) -> Path:
 
 @dataclass(frozen=True)
 class ProbeShelf:
-    """The probes that could be loaded, the file of each (same order), and why others could not.
-
-    `shipped`: those of the files that installed packages brought, unasked.
-    """
+    """The probes that could be loaded, the file of each (same order), and why others could not."""
 
     probes: tuple[Probe, ...]
     files: tuple[Path, ...]
     errors: tuple[tuple[Path, str], ...]
-    shipped: tuple[Path, ...] = ()
 
 
-def load_probes(extra: Iterable[Path] = ()) -> ProbeShelf:
+def load_probes(
+    extra: Iterable[Path] = (), announce: Callable[[Path], None] = lambda file: None
+) -> ProbeShelf:
     """Load the built-in probes, those that installed packages ship, and those in `extra` (files, or
     folders of them).
 
     A file that cannot be loaded becomes one sentence in `errors`; the others are still loaded.
+    `announce` is told of each file that a package ships, unasked, before its code is run.
     """
     probes: dict[Path, Probe] = {}
     shipped, unfound = _shipped_probes()
+    for file in shipped:
+        announce(file)
     errors = list(unfound)
     paths = [
         *_python_files(builtin_dir("probes")),
@@ -90,13 +91,7 @@ def load_probes(extra: Iterable[Path] = ()) -> ProbeShelf:
             errors.append((path, str(error)))
         else:
             probes[path] = probe
-    brought = {path.resolve() for path in shipped}
-    return ProbeShelf(
-        tuple(probes.values()),
-        tuple(probes),
-        tuple(errors),
-        tuple(path for path in probes if path in brought),
-    )
+    return ProbeShelf(tuple(probes.values()), tuple(probes), tuple(errors))
 
 
 def _shipped_probes() -> tuple[list[Path], list[tuple[Path, str]]]:

@@ -82,9 +82,10 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     """Run a new scan. Raises UserError, or launch.Interrupted after a Ctrl-C (the journal is kept)."""
     began = time.time()
     _check_request(request)
-    shelf = plugins.load_probes([Path(p) for p in request.probe_files])
-    for file in shelf.shipped:
-        log(f"running the code of {file}, which an installed package ships")
+    shelf = plugins.load_probes(
+        [Path(p) for p in request.probe_files],
+        lambda file: log(f"running the code of {file}, which an installed package ships"),
+    )
     for _, sentence in shelf.errors:
         log(sentence)
     imports = (*request.imports, *_installed_imports(shelf.probes, request))

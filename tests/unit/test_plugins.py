@@ -192,11 +192,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_an_entry_point_names_a_probe_file_of_a_package(package) -> None:
     folder = package("shipped.probes")
-    shelf = plugins.load_probes()
+    announced: list[Path] = []
+    shelf = plugins.load_probes(announce=announced.append)
     assert shelf.errors == ()
     assert "shipped" in {p.name for p in shelf.probes}
-    assert shelf.shipped == (folder / "shipped" / "probes.py",)
-    assert set(shelf.shipped) < set(shelf.files)
+    assert announced == [folder / "shipped" / "probes.py"]
+    assert set(announced) < set(shelf.files)
 
 
 @pytest.mark.parametrize("module", ["shipped.nothing", "nowhere.probes"])
