@@ -80,7 +80,7 @@ def _kernel_ops(found: Inventory, operators: Mapping[str, Sequence[str]]) -> str
 
 def _kernels(op: RegisteredOp) -> str:
     if len(op.kernels) > 2:  # a default for every device
-        return "any device"
+        return "any device (cpu: stand-in)" if op.standin else "any device"
     ours = " (stand-in)" if op.standin else ""
     return ", ".join(f"{k}{ours}" if k == "cpu" else k for k in op.kernels) or "none here"
 

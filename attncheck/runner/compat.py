@@ -29,6 +29,7 @@ __all__ = [
     "group_size",
     "has_autograd",
     "has_decomposition",
+    "has_own_kernel",
     "has_strategy",
     "higher_order_ops",
     "is_composite",
@@ -300,16 +301,20 @@ def kernel_keys(schema: Any, keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(key for key in keys if has(_dispatch_name(schema), key))
 
 
+def has_own_kernel(schema: Any, key: str) -> bool:
+    """Whether the op has a kernel for this dispatch `key` and no other."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(_dispatch_name(schema), key))
+
+
 def is_composite(schema: Any) -> bool:
     """Whether the op is made of others before any tensor subclass sees it."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return bool(has(_dispatch_name(schema), "CompositeImplicitAutograd"))
+    return has_own_kernel(schema, "CompositeImplicitAutograd")
 
 
 def has_autograd(schema: Any) -> bool:
     """Whether the op has an autograd formula. Without one PyTorch warns, and goes on with what comes."""
-    has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, _dispatch_name(schema))
-    return is_composite(schema) or any(map(has, ("Autograd", "AutogradCPU", "AutogradCUDA")))
+    keys = ("CompositeImplicitAutograd", "Autograd", "AutogradCPU", "AutogradCUDA")
+    return any(has_own_kernel(schema, key) for key in keys)
 
 
 def _dispatch_name(schema: Any) -> str:

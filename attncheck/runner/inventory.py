@@ -41,8 +41,9 @@ def look(asked: Look, doing: Path) -> Inventory:
         doing.write_text(text, encoding="utf-8")
 
     sys.path[:0] = asked.path
-    before = {name: _kernels(schema) for name, schema in _attention_ops()}
+    before = {name for name, _ in _attention_ops()}
     problems = [p for module in asked.imports if (p := _import(module, say))]
+    own_before = {name: _has_own(schema, asked.device) for name, schema in _attention_ops()}
     stood_in = _make_available(asked, say) if asked.probe_files else set()
     ops = []
     for name, schema in _attention_ops():
@@ -50,8 +51,10 @@ def look(asked: Look, doing: Path) -> Inventory:
             continue
         say(f"looking at {name}")
         op = _describe(name, schema, asked, say)
-        ours = name in stood_in and asked.device not in before.get(name, ())
-        ops.append(dataclasses.replace(op, standin=ours and asked.device in op.kernels))
+        # What was there and has a kernel since got it from us; what came since, if its operator says so.
+        got_one = name in own_before and not own_before[name] and _has_own(schema, asked.device)
+        came = name in stood_in and name not in own_before and asked.device in op.kernels
+        ops.append(dataclasses.replace(op, standin=got_one or came))
     return Inventory(tuple(ops), tuple(problems))
 
 
@@ -155,6 +158,11 @@ def _kernels(schema: Any) -> tuple[str, ...]:
     if schema is None:  # a higher-order op calls others
         return tuple(DEVICES.values())
     return tuple(DEVICES[key] for key in compat.kernel_keys(schema, tuple(DEVICES)))
+
+
+def _has_own(schema: Any, device: str) -> bool:
+    key = next(key for key, name in DEVICES.items() if name == device)
+    return schema is not None and compat.has_own_kernel(schema, key)
 
 
 def _variants(op: Any) -> Iterator[str]:

@@ -145,6 +145,9 @@ def test_list_kernel_ops_says_what_dtensor_has(tmp_path: Path) -> None:
     answers = {row[0]: row[1:] for row in rows if len(row) == 4}
     flash = answers["aten._scaled_dot_product_flash_attention.default"]
     assert flash[:2] == ["strategy", "cpu (stand-in)"]
+    # No operator names this op: it is the kernel below one of them that is attncheck's.
+    below = answers["aten._flash_attention_forward_no_dropout_inplace.default"]
+    assert below[:2] == ["none", "cpu (stand-in)"]
     assert "sdpa_cuda.raw_flash" in answers["aten._flash_attention_forward.default"][2]
     assert answers["aten._flash_attention_forward.default"][0] == "none"
     assert answers["aten.scaled_dot_product_attention.default"][0].startswith("decomposed before")
