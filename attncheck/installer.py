@@ -26,8 +26,7 @@ INSTALL_TIMEOUT_SECONDS = 600
 STALE_SECONDS = 24 * 3600
 
 
-# --- folders
-# ---------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 def complete(folder: Path, marker: Mapping[str, object]) -> bool:
@@ -79,8 +78,7 @@ def _remove_stale(root: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-# --- the installer
-# ---------------------------------------------------------------------------------
+# --- the installer --------------------------------------------------------------------------------
 
 
 def use_uv() -> bool:

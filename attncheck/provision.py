@@ -67,8 +67,7 @@ class Recipe:
         return Version(self.versions[0])
 
 
-# --- flash-attn
-# ------------------------------------------------------------------------------------
+# --- flash-attn -----------------------------------------------------------------------------------
 
 # What flash-attn's setup.py and its build need besides torch.
 BUILD_REQUIREMENTS = ("setuptools", "wheel", "packaging", "ninja", "psutil")
@@ -118,8 +117,7 @@ def _build_requirements(log: Log) -> Path | None:
     return folder
 
 
-# --- xformers
-# --------------------------------------------------------------------------------------
+# --- xformers -------------------------------------------------------------------------------------
 
 
 def _fill_xformers(provision: Provision, target: Path, log: Log) -> None:
@@ -163,8 +161,7 @@ RECIPES: Mapping[str, Recipe] = {
 PROVISIONABLE = tuple(RECIPES)
 
 
-# --- which version
-# ---------------------------------------------------------------------------------
+# --- which version --------------------------------------------------------------------------------
 
 
 def parse(requirement: str) -> Provision:
@@ -238,8 +235,7 @@ def _versions(recipe: Recipe) -> str:
     return f"{'one of ' if len(recipe.versions) > 1 else ''}{', '.join(recipe.versions)}"
 
 
-# --- the folder
-# ------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 def cache_root() -> Path:
