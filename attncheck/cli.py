@@ -67,7 +67,20 @@ def _many(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
 @_many("--route", metavar="NAME", help="How the operator is distributed: dtensor.")
 @click.option("--level", metavar="NAME", help="quick, default or full.")
 @click.option("--ranks", type=int, help="Processes to run (default 2).")
-@click.option("--mesh", metavar="SHAPE", help="Device mesh, e.g. 2x2 or dp=2,tp=2.")
+@_many("--mesh", metavar="SHAPE", help="Device mesh, e.g. 2x2 or dp=2,tp=2 (repeatable).")
+@click.option(
+    "--repeats",
+    type=int,
+    metavar="N",
+    help="Run each case with N sets of values: tells rounding from a bug (default 1).",
+)
+@click.option(
+    "--engine",
+    metavar="NAME",
+    help="processes (default): a real process for each rank; simulated: all ranks in one process, for "
+    "worlds that do not fit this machine, blind to ranks that diverge or hang and to code that asks for "
+    "its rank; both: one held against the other.",
+)
 @click.option("--device", metavar="NAME", help="cpu (default) or cuda.")
 @_many(
     "--with",
@@ -156,7 +169,9 @@ def _scan(options: dict[str, Any]) -> Report:
                 routes=options["route"],
                 level=options["level"] or "default",
             ),
-            mesh=_mesh(options["mesh"], options["ranks"], parse_mesh),
+            meshes=_meshes(options["mesh"], options["ranks"], parse_mesh),
+            repeats=_repeats(options["repeats"]),
+            engine=options["engine"] or "processes",
             device=_device(options["device"] or "cpu"),
             seed=options["seed"],
             hash_seed=options["hash-seed"]
@@ -174,22 +189,29 @@ def _scan(options: dict[str, Any]) -> Report:
         return runner.scan(request, _log, show)
 
 
-def _mesh(
-    text: str | None, ranks: int | None, parse: Callable[[str], dict[str, int]]
-) -> dict[str, int]:
+def _meshes(
+    texts: Sequence[str], ranks: int | None, parse: Callable[[str], dict[str, int]]
+) -> tuple[dict[str, int], ...]:
     if ranks is not None and ranks < 1:
         raise UserError(
             f"--ranks is {ranks}: at least 1 rank is needed (2 or more to shard anything)."
         )
-    if text is None:
-        return {"tp": ranks or 2}
-    mesh = parse(text)
-    size = math.prod(mesh.values())
-    if ranks is not None and ranks != size:
-        raise UserError(
-            f"Mesh {text!r} has {size} ranks, but --ranks is {ranks}: give one or make them equal."
-        )
-    return mesh
+    if not texts:
+        return ({"tp": ranks or 2},)
+    meshes = {tuple(mesh.items()): mesh for mesh in map(parse, texts)}  # one named twice is one
+    for text, mesh in zip(texts, map(parse, texts), strict=True):
+        size = math.prod(mesh.values())
+        if ranks is not None and ranks != size:
+            raise UserError(
+                f"Mesh {text!r} has {size} ranks, but --ranks is {ranks}: give one or make them equal."
+            )
+    return tuple(meshes.values())
+
+
+def _repeats(count: int | None) -> int:
+    if count is not None and count < 1:
+        raise UserError(f"--repeats is {count}: expected at least 1 set of values.")
+    return count or 1
 
 
 def _device(name: str) -> str:
@@ -257,16 +279,117 @@ def _progress(quiet: bool) -> Any:
 
 def exit_code(report: Report, fail_on: str) -> int:
     """0 clean, 1 findings at or above `fail_on`, 3 when too little ran to say either."""
-    from attncheck.model import Severity, Status
+    from attncheck.model import UNJUDGED, Severity, Status
 
     if fail_on != "never":
         limit = Severity(fail_on).rank
-        if any(f.severity.rank <= limit for f in report.findings if f.rule != "ATN505"):
+        if any(f.severity.rank <= limit for f in report.findings if f.rule not in UNJUDGED):
             return EXIT_FINDINGS
     ran = sum(1 for r in report.cases if r.outcome.status.ran)
     if any(r.outcome.status is Status.UNKNOWN for r in report.cases) or 2 * ran < len(report.cases):
         return EXIT_INCONCLUSIVE
     return EXIT_CLEAN
+
+
+@main.command()
+@_many("--operator", "-k", metavar="GLOB", help="Operators to hunt in, e.g. 'sdpa*' (repeatable).")
+@click.option("--minutes", type=float, default=5.0, metavar="N", help="How long (default 5).")
+@click.option(
+    "--examples",
+    type=int,
+    metavar="N",
+    help="End after so many examples (default: run the time out).",
+)
+@_many("--with", "with_", metavar="PACKAGE", help="Provision it first, as scan does (repeatable).")
+@_many("--probe", "probes", metavar="FILE", help="A probe file of your own. Its code is run.")
+@click.option(
+    "--engine",
+    metavar="NAME",
+    help="What runs the examples: simulated (default where torch can, from 2.10), or processes, which also "
+    "sees ranks that part. Finds are always confirmed with processes.",
+)
+@click.option("--seed", type=int, help="Seed of the search and of all values (default: fresh).")
+@click.option("--case-timeout", type=float, metavar="SECONDS", help="Deadline of an example.")
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    default=Path("attncheck-hunt"),
+    metavar="FOLDER",
+    help="Where each find is saved as a probe file (default attncheck-hunt).",
+)
+@_many(
+    "--known",
+    type=click.Path(path_type=Path),
+    metavar="REPORT",
+    help="A JSON report (of a scan, or a hunt): the ops that it says DTensor refuses are no finds.",
+)
+@click.option("--fail-on", default="error", metavar="SEVERITY", help="As for scan.")
+@_many("--output", "-o", metavar="FORMAT[:PATH]", help="Write a report of the finds, as scan does.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("-v", "--verbose", is_flag=True, help="Tracebacks for internal errors.")
+@click.pass_context
+def hunt(ctx: click.Context, /, **given: Any) -> None:
+    """Search for cases that fail, shrink each to its smallest, and save it as a probe file.
+
+    Draws operators, sizes, dtypes, meshes, placements and memory layouts at random, those of real models
+    first.
+    """
+    outputs = _parse_outputs(given["output"])
+    if given["fail_on"] not in FAIL_ON:
+        raise unknown("severity", given["fail_on"], FAIL_ON)
+    if not given["minutes"] > 0:
+        raise UserError(f"--minutes is {given['minutes']:g}: expected a number above 0.")
+
+    def run() -> Report:
+        from attncheck.hunt import hunting
+
+        for code in given["probes"]:
+            _log(f"running the code of {code}")
+        with _progress_line(given["quiet"]) as told:
+            request = hunting.HuntRequest(
+                operators=given["operator"],
+                minutes=given["minutes"],
+                with_packages=given["with_"],
+                probe_files=given["probes"],
+                engine=given["engine"] or hunting.default_engine(),
+                seed=given["seed"],
+                case_timeout=_positive("--case-timeout", given["case_timeout"])
+                or hunting.CASE_SECONDS,
+                save=given["save"],
+                examples=given["examples"],
+                known=given["known"],
+                command="attncheck " + " ".join(sys.argv[1:]),
+            )
+            hunted = hunting.hunt(request, _log, told)
+        summary = hunting.render(hunted)
+        click.echo(summary, nl=False, err=any(path is None for _, path in outputs))
+        _write(hunted.report, outputs, given["verbose"])
+        if hunted.stopped:
+            ctx.exit(EXIT_INTERRUPTED)
+        if not hunted.tally.run or hunted.tally.unknown:
+            ctx.exit(EXIT_INCONCLUSIVE if not hunted.finds else EXIT_FINDINGS)
+        return hunted.report
+
+    ctx.exit(exit_code(_guarded(run, given["verbose"], ctx), given["fail_on"]))
+
+
+@contextlib.contextmanager
+def _progress_line(quiet: bool) -> Any:
+    """One line on the terminal, rewritten; silent in files and pipes."""
+    shown = sys.stderr.isatty() and not quiet
+    width = shutil.get_terminal_size().columns - 1
+    began = time.time()
+
+    def told(text: str) -> None:
+        if shown:
+            line = f"{time.time() - began:.0f} s  {text}"
+            click.echo(f"\r{line[:width]:<{width}}", nl=False, err=True)
+
+    try:
+        yield told
+    finally:
+        if shown:
+            click.echo("\r" + " " * width + "\r", nl=False, err=True)
 
 
 # --- reports -------------------------------------------------------------------------------------

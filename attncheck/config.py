@@ -19,7 +19,9 @@ else:
 KEYS: Mapping[str, type] = {
     "level": str,
     "ranks": int,
-    "mesh": str,
+    "mesh": list,
+    "repeats": int,
+    "engine": str,
     "device": str,
     "seed": int,
     "operator": list,
@@ -68,6 +70,9 @@ def parse(file: Path) -> dict[str, Any]:
 def _checked(file: Path, key: str, value: Any) -> Any:
     kind = KEYS[key]
     if kind is list:
+        value = (
+            [value] if key == "mesh" and isinstance(value, str) else value
+        )  # most scans have one
         if isinstance(value, list) and all(isinstance(v, str) for v in value):
             return tuple(value)
         raise UserError(f"{file}: {key} must be a list of strings, found {value!r}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -50,6 +51,15 @@ def describe(path: Iterable[str] = ()) -> dict[str, Any]:
         "cpus": os.cpu_count() or 0,
         "gpu": gpu(),
     }
+
+
+def simulates_ranks() -> bool:
+    """Whether the torch installed here has LocalTensorMode (2.10 on), without importing it."""
+    spec = importlib.util.find_spec("torch")
+    folders = (spec.submodule_search_locations or ()) if spec is not None else ()
+    return any(
+        (Path(f) / "distributed" / "_local_tensor" / "__init__.py").exists() for f in folders
+    )
 
 
 def gpu(driver: Path = Path("/proc/driver/nvidia")) -> str:

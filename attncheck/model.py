@@ -82,6 +82,7 @@ class Reason(str, Enum):
     PROBE_NOT_LOADABLE = "probe_not_loadable"
     OP_MISSING = "op_missing"
     SIGNATURE_UNKNOWN = "signature_unknown"
+    NOT_SIMULATED = "not_simulated"
     NOT_RUN = "not_run"
 
 
@@ -115,6 +116,12 @@ class Case:
 
 # The `exception_type` of a case in which a DTensor was kept from a function that is no dispatcher op.
 BYPASSES_DISPATCHER = "BypassesDispatcher"
+
+# Rules about cases that have no verdict: they make a scan inconclusive, never failed.
+UNJUDGED = ("ATN505", "ATN506")
+
+# The fact of a case on which real processes and simulated ranks disagree.
+ENGINES_DISAGREE = "engines_disagree"
 
 # Stands for setting, placement and direction in the entry of what no case could be planned of: a probe
 # file that does not load, an op that nobody knows how to call.
@@ -179,11 +186,35 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where the worst element of a tensor lies, and the others beyond the bound.
+
+    `index` is global; `owners` are the ranks that hold it; `border` is how many elements lie between it and
+    the nearest border between two shards (0: next to one; None: nothing is sharded). Of the `beyond`
+    elements beyond the bound, `beyond_at_border` are next to a border, as is the share `at_border` of all
+    elements; `beyond_on` is the rank that holds every one of them, if it is one.
+    """
+
+    index: tuple[int, ...]
+    owners: tuple[int, ...] = ()
+    border: int | None = None
+    beyond: int = 0
+    beyond_at_border: int = 0
+    at_border: float = 0.0
+    beyond_on: int | None = None
+
+
+@dataclass(frozen=True)
 class ErrorStat:
     """Errors of one output or gradient against the float64 reference (absolute, in the tensor's unit).
 
-    `unsharded_max` is what the same operator shows on whole tensors in the same dtype, `bound` is
-    `2 * unsharded_max + atol(dtype)`, `ratio` is `max / bound`, `scale` is `max |reference|`.
+    `unsharded_max` and `unsharded_rms` are what the same operator shows on whole tensors in the same dtype,
+    `unsharded_ratio` is `max / unsharded_max`; `bound` is `2 * unsharded_max + atol(dtype, ranks)`, `ratio`
+    is `max / bound`, `scale` is `max |reference|`. `ulps`: the largest error in units in the last place of
+    the reference there, `ulps_median`: the median of all. `row`: the worst RMS error of a row (last dim)
+    over what rounding explains; above 1 it is wrong. Of what sharding changed (the value less that of the
+    unsharded operator), `sign_bias` is the part that goes up, and `size_bias` the part that goes away from
+    zero, less what goes the other way, over all of it: near 0 for rounding, 1 or -1 where all go one way.
     """
 
     max: float
@@ -194,6 +225,40 @@ class ErrorStat:
     ratio: float
     scale: float
     note: str = ""
+    unsharded_rms: float = 0.0
+    unsharded_ratio: float = 0.0
+    ulps: float = 0.0
+    ulps_median: float = 0.0
+    row: float = 0.0
+    sign_bias: float = 0.0
+    size_bias: float = 0.0
+    worst: Place | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the errors of one tensor vary over `repeats` sets of values (seed, seed + 1, ...).
+
+    Ratios are `ErrorStat.ratio`; `worst_seed` made the largest. `beyond`: how many were beyond the bound.
+    `same_place`: in how many of these the worst element was at the most frequent place; `at_border`: next
+    to a border between shards. The biases are means. `repeatable`: the same values gave the same bits
+    again. `nature`: what makes the errors differ from the unsharded operator's, `rounding`, `order` (the
+    order of a reduction changes from call to call) or `systematic` (a bug), empty where nothing is beyond
+    the bound or too few repeats were run to say.
+    """
+
+    repeats: int
+    ratio_min: float
+    ratio_median: float
+    ratio_max: float
+    worst_seed: int
+    beyond: int
+    repeatable: bool
+    same_place: int = 0
+    at_border: int = 0
+    sign_bias: float = 0.0
+    size_bias: float = 0.0
+    nature: str = ""
 
 
 @dataclass(frozen=True)
@@ -201,11 +266,16 @@ class Fact:
     """Something the oracle saw that is not a number: `code` is stable, `subject` names the tensor.
 
     Codes: `wrong_result`, `wrong_gradient`, `drift_result`, `drift_gradient`, `nonfinite`,
-    `replicas_differ`, `local_shape` (a local tensor's shape is not what its placement says),
+    `replicas_differ`, `replica_wrong` (they differ by more than rounding), `local_shape` (a local
+    tensor's shape is not what its placement says),
     `second_call_differs` (the warm call gave another result than the first), `gradient_missing`,
     `dropout_rate`, `dropout_shared` (shards drew the same random mask), `dropout_values`,
     `plain_result` (DTensors went in, an ordinary tensor came out), `process_changed` (the case left
-    something changed for every call after it; the workers were started afresh).
+    something changed for every call after it; the workers were started afresh), `order_dependent` (the same
+    values gave other bits in another call), `engines_disagree` (what real processes and what simulated ranks
+    said), `not_compared` (why the two could not be held against each other). Diagnoses beside them:
+    `at_border`, `on_one_rank` (where the elements beyond the bound lie), `around_the_ops` (no kernel op is
+    at fault).
     """
 
     code: str
@@ -231,7 +301,8 @@ class Outcome:
     `kernel_op` is the op that the status is about: the first missing one, the one that raised, the last
     one entered before a hang or crash, the operator's own kernel op for a wrong value; empty where no
     single op stands out. `outputs` holds the placements of `out` and of each gradient (`grad.q`);
-    `errors` has the same keys. `timings` are milliseconds: `first` and `warm` call.
+    `errors` and, where the case was repeated, `spread` have the same keys. `timings` are milliseconds:
+    `first` and `warm` call.
     """
 
     status: Status
@@ -244,6 +315,7 @@ class Outcome:
     collectives: tuple[Collective, ...] = ()
     outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     errors: Mapping[str, ErrorStat] = field(default_factory=dict)
+    spread: Mapping[str, Spread] = field(default_factory=dict)
     facts: tuple[Fact, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     ranks: tuple[RankState, ...] = ()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from attncheck.errors import UserError, unknown
 from attncheck.model import Case, case_id
-from attncheck.probing import LEVELS, PATTERNS, Operator, Probe, Setting, Tensor
+from attncheck.probing import EXPLICIT, LEVELS, PATTERNS, Operator, Probe, Setting, Tensor
 
 DIRECTIONS = ("forward", "backward")
 ROUTES = ("dtensor",)
@@ -75,14 +75,43 @@ def placement_texts(tensor: Tensor, patterns: Sequence[str], first: bool) -> tup
     return tuple(out)
 
 
+def _texts(
+    tensor: Tensor, setting: Setting, patterns: Sequence[str], axes: int, first: bool
+) -> tuple[str, ...]:
+    if not setting.explicit or tensor.wrap == "plain":
+        return placement_texts(tensor, patterns, first)
+    return setting.explicit.get(tensor.name, ("R",) * axes)
+
+
+def _check_explicit(operator: Operator, setting: Setting, tensors: Sequence[Tensor]) -> None:
+    """Raises UserError where a setting places tensors in a way that cannot be."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    for name, texts in setting.explicit.items():
+        where = f"Operator {operator.name}, setting {setting.name}"
+        if name not in by_name:
+            raise UserError(f"{where} places {name!r}; its tensors are {', '.join(by_name)}.")
+        dims = len(by_name[name].dims)
+        known = {"R", "P(sum)", *(f"S({dim})" for dim in range(dims))}
+        for text in texts:
+            if text not in known:
+                raise UserError(
+                    f"{where} places {name} as {text!r}; expected R, P(sum) or S(dim) of its "
+                    f"{dims} dims."
+                )
+
+
 def patterns_for(
     operator: Operator, setting: Setting, level: str, axes: int
 ) -> list[tuple[str, ...]]:
     """The placement patterns of a setting: one name per mesh axis.
 
     `full` runs every pattern. A mesh of several axes gets batch on the first axis with each pattern on
-    the last, and each pattern on all axes at once.
+    the last, and each pattern on all axes at once. A setting that places each tensor itself has that
+    alone, on meshes of as many axes.
     """
+    if setting.explicit:
+        fits = all(len(texts) == axes for texts in setting.explicit.values())
+        return [(EXPLICIT,)] if fits else []
     if level == "full":
         singles = tuple(PATTERNS)
     else:
@@ -103,17 +132,39 @@ def plan(
     selection: Selection,
     beside: Collection[str] = (),
 ) -> tuple[Case, ...]:
-    """Every selected case, cheap and safe ones first.
+    """Every selected case on one mesh: see `plan_meshes`."""
+    return plan_meshes(probes, (mesh,), selection, beside)
+
+
+def plan_meshes(
+    probes: Iterable[Probe],
+    meshes: Sequence[Mapping[str, int]],
+    selection: Selection,
+    beside: Collection[str] = (),
+) -> tuple[Case, ...]:
+    """Every selected case: mesh after mesh, and on each of them cheap and safe ones first.
 
     `beside`: names of operators of which no case can be made, and the report says why; asking for one is
-    no mistake. Raises UserError for a selector that matches nothing, or when nothing is left.
+    no mistake. Raises UserError for a selector that matches nothing on any mesh, or when nothing is left.
     """
     probes = tuple(probes)
-    _check_selection(probes, mesh, selection, beside)
+    _check_selection(probes, meshes, selection, beside)
+    cases = tuple(case for mesh in meshes for case in _plan_mesh(probes, mesh, selection))
+    if not cases and not any(matches(name, selection.operators) for name in beside):
+        raise UserError(
+            "Nothing to run: no case matches the chosen operators, settings, placements and directions "
+            f"together at level {selection.level}; `attncheck list --cases` shows what there is."
+        )
+    return cases
+
+
+def _plan_mesh(
+    probes: Sequence[Probe], mesh: Mapping[str, int], selection: Selection
+) -> Iterator[Case]:
     ranked = []
     for probe_at, probe in enumerate(probes):
         for operator_at, operator in enumerate(probe.operators):
-            if not _matches(operator.name, selection.operators):
+            if not matches(operator.name, selection.operators):
                 continue
             for setting_at, setting in enumerate(operator.settings):
                 if not _wanted_setting(setting, selection):
@@ -124,12 +175,7 @@ def plan(
                     key = (risk, operator.slow, probe_at, setting_at, operator_at)
                     ranked.append((key, case))
     ranked.sort(key=lambda pair: pair[0])
-    if not ranked and not any(_matches(name, selection.operators) for name in beside):
-        raise UserError(
-            "Nothing to run: no case matches the chosen operators, settings, placements and directions "
-            f"together at level {selection.level}; `attncheck list --cases` shows what there is."
-        )
-    return tuple(case for _, case in ranked)
+    return (case for _, case in ranked)
 
 
 def _cases(
@@ -140,16 +186,18 @@ def _cases(
     selection: Selection,
 ) -> Iterator[tuple[Case, int]]:
     tensors = operator.tensors(setting)
+    _check_explicit(operator, setting, tensors)
     directions = DIRECTIONS if any(t.requires_grad for t in tensors) else ("forward",)
     seen = set()
     # A placement asked for by name is run even where the level would leave it out.
     level = "full" if selection.placements else selection.level
     for patterns in patterns_for(operator, setting, level, len(mesh)):
         name = ",".join(patterns)
-        if not _matches(name, selection.placements):
+        if not matches(name, selection.placements):
             continue
         placements = {
-            t.name: placement_texts(t, patterns, first=i == 0) for i, t in enumerate(tensors)
+            t.name: _texts(t, setting, patterns, len(mesh), first=i == 0)
+            for i, t in enumerate(tensors)
         }
         key = tuple(placements.values())
         if key in seen:
@@ -157,7 +205,7 @@ def _cases(
         seen.add(key)
         risk = _risk(tensors, placements, tuple(mesh.values()))
         for direction in directions:
-            if not _matches(direction, selection.directions):
+            if not matches(direction, selection.directions):
                 continue
             yield (
                 Case(
@@ -183,10 +231,10 @@ def _wanted_setting(setting: Setting, selection: Selection) -> bool:
     if setting.name in selection.settings:  # named outright: whatever its level
         return True
     within = LEVELS.index(setting.level) <= LEVELS.index(selection.level)
-    return within and _matches(setting.name, selection.settings)
+    return within and matches(setting.name, selection.settings)
 
 
-def _matches(name: str, globs: Sequence[str]) -> bool:
+def matches(name: str, globs: Sequence[str]) -> bool:
     # Brackets are part of names (`sdpa[MATH]`), so a glob may use * and ? only.
     return not globs or any(
         name == glob or fnmatch.fnmatchcase(name, glob.replace("[", "[[]")) for glob in globs
@@ -195,16 +243,17 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
 
 def _check_selection(
     probes: Sequence[Probe],
-    mesh: Mapping[str, int],
+    meshes: Sequence[Mapping[str, int]],
     selection: Selection,
     beside: Collection[str],
 ) -> None:
     operators = [o for p in probes for o in p.operators]
     patterns = {
         ",".join(names)
+        for axes in {len(mesh) for mesh in meshes}
         for o in operators
         for s in o.settings
-        for names in patterns_for(o, s, "full", len(mesh))
+        for names in patterns_for(o, s, "full", axes)
     }
     known = {
         "operator": (selection.operators, {*beside, *(o.name for o in operators)}),
@@ -216,7 +265,7 @@ def _check_selection(
     }
     for kind, (globs, names) in known.items():
         for glob in globs:
-            if not any(_matches(name, (glob,)) for name in names):
+            if not any(matches(name, (glob,)) for name in names):
                 raise unknown(kind, glob, names)
 
 

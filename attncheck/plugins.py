@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from attncheck.errors import UserError, unknown
-from attncheck.probing import Operator, Probe
+from attncheck.probing import Operator, Probe, Setting
 
 if TYPE_CHECKING:
     from attncheck.inventory import RegisteredOp
@@ -142,6 +142,24 @@ def with_discovered(probe: Probe, ops: Sequence[RegisteredOp]) -> Probe:
     """The probe with the operators that it makes of registered ops; itself where it makes none."""
     found = probe.discover(ops) if probe.discover is not None and ops else ()
     return dataclasses.replace(probe, operators=(*probe.operators, *found)) if found else probe
+
+
+def derived(
+    operator: str, *settings: Setting, name: str = "", probe: str | Path | None = None
+) -> Operator:
+    """An operator of another probe with settings of your own: what a regression probe is made of.
+
+    `operator`: its name; `probe`: the file that defines it, None for the built-in ones; `name`: what to
+    call the derived one (names are unique: `hunted.` before the other's, where empty). Raises UserError
+    where no such operator is defined.
+    """
+    files = [Path(probe)] if probe is not None else _python_files(builtin_dir("probes"))
+    operators = {o.name: o for file in files for o in load_probe_file(file).operators}
+    if operator not in operators:
+        raise unknown("operator", operator, operators)
+    return dataclasses.replace(
+        operators[operator], name=name or f"hunted.{operator}", settings=settings
+    )
 
 
 def _check_operators(probe: Probe, path: Path) -> None:

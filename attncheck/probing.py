@@ -34,6 +34,20 @@ OTHER = "-"  # a dim that no placement pattern shards (packed qkv, cu_seqlens, b
 
 LEVELS = ("quick", "default", "full")
 
+# How tensors lie in memory, for `Setting.memory`. Their values do not depend on it, but for `expanded`.
+MEMORY: Mapping[str, str] = {
+    "contiguous": "one element behind the other",
+    "transposed": "stored with the two dims before the last swapped, as a (batch, sequence, heads, "
+    "head_dim) projection is that is used as (batch, heads, sequence, head_dim); so is the gradient "
+    "of the output",
+    "sliced": "the middle third of a buffer three times as wide, as k is of a packed qkv projection; "
+    "so is the gradient of the output",
+    "expanded": "the first index of the first dim stands for all of them (stride 0), as one prompt "
+    "does that is shared by a batch",
+}
+# The placement of a case whose setting places each tensor itself.
+EXPLICIT = "explicit"
+
 # A placement pattern, for one mesh axis: which roles it shards. Tensors without such a dim, and dims of
 # size 1 that broadcast, stay replicated.
 PATTERNS: Mapping[str, tuple[str, ...]] = {
@@ -55,7 +69,11 @@ class Setting:
     `options`: whatever else the operator needs (`causal`, `window`, `mask` ...), JSON values only.
     `level`: the lowest scan level that includes it. `placements`: the patterns it is run with at that
     level (None: the operator's own list). `dropout`: a rate above 0 makes the oracle compare
-    distributions instead of values.
+    distributions instead of values. `memory`: how its tensors lie in memory, one of `MEMORY`; weights,
+    given values and what the operator writes into stay contiguous. `explicit`: placements by tensor, one
+    for each mesh axis as PyTorch prints them (`S(1)`, `R`, `P(sum)`), where no pattern says it: the
+    setting is then run with these alone, on meshes of as many axes, under the placement `explicit`.
+    Tensors that it does not name are replicated; those that are passed plain stay so.
     """
 
     name: str
@@ -65,6 +83,13 @@ class Setting:
     level: str = "default"
     placements: tuple[str, ...] | None = None
     dropout: float = 0.0
+    memory: str = "contiguous"
+    explicit: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.memory in MEMORY, (
+            f"{self.name}: memory {self.memory!r} is none of {list(MEMORY)}"
+        )
 
     def __getitem__(self, role: str) -> int:
         return self.sizes[role]
@@ -77,6 +102,8 @@ class Setting:
         out: dict[str, Any] = {"name": self.name, "dtype": self.dtype, **self.sizes, **self.options}
         if self.dropout:
             out["dropout"] = self.dropout
+        if self.memory != "contiguous":
+            out["memory"] = self.memory
         return out
 
 
@@ -90,7 +117,8 @@ class Tensor:
     the last two), or `values` for the integers in `values`. `wrap`: how it meets the operator:
     `pattern` (a DTensor placed by the case's pattern), `replicate` (always a replicated DTensor) or
     `plain` (an ordinary tensor). `dtype`: None for the setting's own. `mutable`: the operator writes
-    into it (a KV cache); any other argument that changes is a fault of the probe.
+    into it (a KV cache), so it is judged as a result; any other argument that changes is a fault of the
+    probe.
     """
 
     name: str

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 from attncheck.model import (
     BYPASSES_DISPATCHER,
+    UNJUDGED,
     UNPLANNED,
     CaseResult,
     Finding,
@@ -98,6 +99,7 @@ REASONS: Mapping[Reason, str] = {
     Reason.PROBE_NOT_LOADABLE: "probe not loadable",
     Reason.OP_MISSING: "kernel op not registered",
     Reason.SIGNATURE_UNKNOWN: "nothing says how to call it",
+    Reason.NOT_SIMULATED: "its ranks cannot be simulated",
     Reason.NOT_RUN: "not run",
 }
 
@@ -798,8 +800,9 @@ def _environment(report: Report) -> tuple[tuple[str, str], ...]:
         ("device", _show(env.get("device"))),
         ("gpu", _show(env.get("gpu"))),
         ("ranks", _show(env.get("ranks"))),
-        ("mesh", _show(env.get("mesh"))),
+        ("mesh", _meshes(env.get("mesh"))),
         ("level", _show(env.get("level"))),
+        ("engine", _show(env.get("engine"))),
         ("seed", _show(env.get("seed"))),
         ("hash seeds", _show(env.get("hash_seeds"))),
         ("stand-ins", _show(env.get("standins")) or ", ".join(seen)),
@@ -816,6 +819,11 @@ def _packages(value: Any) -> str:
     first = [name for name in _FIRST_PACKAGES if name in value]
     rest = sorted((name for name in value if name not in first), key=str)
     return ", ".join(f"{name} {_show(value[name])}" for name in [*first, *rest])
+
+
+def _meshes(value: Any) -> str:
+    """`tp=2`; several are kept apart: `tp=2; dp=2, tp=2`."""
+    return "; ".join(map(_show, value)) if isinstance(value, (list, tuple)) else _show(value)
 
 
 def _show(value: Any) -> str:
@@ -872,7 +880,7 @@ def _texts(value: Any) -> list[str]:
 def _exit_line(report: Report) -> str:
     """The exit code of this scan and why, in words: what `cli.exit_code` decides."""
     # A check that failed says nothing of the operator: it makes a scan inconclusive, never failed.
-    counts = dict(_severities(f for f in report.findings if f.rule != "ATN505"))
+    counts = dict(_severities(f for f in report.findings if f.rule not in UNJUDGED))
     errors, warnings = counts.get(Severity.ERROR, 0), counts.get(Severity.WARNING, 0)
     if errors:
         return f"{count(errors, 'error')}: exit code 1 with the default --fail-on error."
@@ -904,6 +912,18 @@ def _steps(report: Report, groups: Sequence[Group]) -> tuple[Step, ...]:
         options = _what_brings_it(str(report.environment.get("command", "")))
         command = " ".join(["attncheck scan", *options, f"--operator {shlex.quote(operator)} -v"])
         steps.append(Step(command, "run it alone, every case listed"))
+    if isinstance(report.environment.get("mesh"), Mapping):  # of several it is a list
+        steps.append(
+            Step(
+                "attncheck scan ... --mesh 2 --mesh 3 --mesh 2x2",
+                "what is right on 2 ranks can be wrong on 3 or on two axes",
+            )
+        )
+    drifts = any(r.outcome.status is Status.DRIFT for r in report.cases)
+    if drifts and not any(r.outcome.spread for r in report.cases):
+        steps.append(
+            Step("attncheck scan ... --repeats 20", "twenty sets of values: is a drift rounding?")
+        )
     steps.append(
         Step("attncheck scan ... --output markdown:report.md", "a report to paste into an issue")
     )

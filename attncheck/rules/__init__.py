@@ -31,6 +31,7 @@ from attncheck.rules import (
     atn503_diverged,
     atn504_unexpected_exception,
     atn505_check_failed,
+    atn506_engines_disagree,
 )
 from attncheck.rules.base import Rule
 
@@ -61,6 +62,7 @@ RULES: tuple[Rule, ...] = (
     atn503_diverged.RULE,
     atn504_unexpected_exception.RULE,
     atn505_check_failed.RULE,
+    atn506_engines_disagree.RULE,
 )
 
 _FAMILY = "ATN"

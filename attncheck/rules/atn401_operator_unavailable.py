@@ -43,7 +43,7 @@ ABSENT = (
     Reason.DEVICE_MISSING,
     None,
 )
-REFUSED = (Reason.SETTING_REFUSED, Reason.SIGNATURE_UNKNOWN)
+REFUSED = (Reason.SETTING_REFUSED, Reason.SIGNATURE_UNKNOWN, Reason.NOT_SIMULATED)
 
 _WORDS = {
     Reason.PACKAGE_MISSING: "a package is missing",
@@ -52,6 +52,7 @@ _WORDS = {
     Reason.DEVICE_MISSING: "a device is missing",
     Reason.SETTING_REFUSED: "it refuses the setting on whole tensors",
     Reason.SIGNATURE_UNKNOWN: "nothing says how to call it",
+    Reason.NOT_SIMULATED: "PyTorch's simulation of ranks does not run it",
     None: "no reason was given",
 }
 _REQUIREMENT = re.compile(
@@ -80,7 +81,13 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
                 unavailable.settings(group),
                 *unavailable.texts(group),
             ],
-            remedies=[*_package(group), *_clash(group), *_device(group), *_signature(group)],
+            remedies=[
+                *_package(group),
+                *_clash(group),
+                *_device(group),
+                *_signature(group),
+                *_processes(group),
+            ],
         )
 
 
@@ -125,6 +132,13 @@ def _signature(group: Group) -> list[Remedy]:
         return []
     text = "Say in a probe of your own how it is called; then it is scanned like the others."
     return [remedies.untried("report", text, "attncheck new probe my_kernel\n")]
+
+
+def _processes(group: Group) -> list[Remedy]:
+    if not _with_reason(group, Reason.NOT_SIMULATED):
+        return []
+    text = "Run it with a real process for each rank."
+    return [remedies.untried("route", text, "attncheck scan --engine processes\n")]
 
 
 def _requirement(message: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from attncheck.model import CaseResult, Finding, Remedy, Severity, Status
-from attncheck.rules.base import Rule, exception_text, extent, group_by_op, most_common
+from attncheck.model import ENGINES_DISAGREE, CaseResult, Finding, Remedy, Severity, Status
+from attncheck.rules.base import Rule, exception_text, extent, group_by_op, has_fact, most_common
 
 DOCS = """\
 ## What it does
@@ -27,8 +27,14 @@ case id and the text of the finding.
 """
 
 
+def _failed(result: CaseResult) -> bool:
+    # Where two engines disagree nothing failed: that is ATN506.
+    outcome = result.outcome
+    return outcome.status is Status.UNKNOWN and not has_fact(outcome, (ENGINES_DISAGREE,))
+
+
 def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
-    for group in group_by_op(results, lambda r: r.outcome.status is Status.UNKNOWN):
+    for group in group_by_op(results, _failed):
         texts = most_common(exception_text(r.outcome) for r in group.results)
         yield RULE.finding(
             group,

@@ -5,7 +5,6 @@ Nothing here may depend on the order of the results: the same outcomes make the 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,26 +144,6 @@ def fact_lines(
     more = len(lines) - limit
     return lines[:limit] + (
         [f"The same kind in {wording.count(more, 'more case')}."] if more > 0 else []
-    )
-
-
-def worst_error(results: Sequence[CaseResult], wanted: Callable[[str], bool]) -> str:
-    """The largest error relative to its bound among the wanted tensors; empty without any."""
-    found = [
-        (stat.ratio if math.isfinite(stat.ratio) else math.inf, result.case.id, tensor, stat)
-        for result in results
-        for tensor, stat in result.outcome.errors.items()
-        if wanted(tensor)
-    ]
-    if not found:
-        return ""
-    # Ties go to the first case by id, so that the order of the results does not show.
-    _, case, tensor, stat = min(found, key=lambda item: (-item[0], item[1], item[2]))
-    return (
-        f"Worst case {case}: {tensor} is off by {wording.number(stat.max)} against "
-        f"float64{stat.note}, {wording.number(stat.ratio)} times the bound "
-        f"{wording.number(stat.bound)} (the operator on whole tensors: "
-        f"{wording.number(stat.unsharded_max)}; largest value: {wording.number(stat.scale)})."
     )
 
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from attncheck.model import Case, CaseResult, Remedy, Status
 from attncheck.probing import (
@@ -123,15 +123,28 @@ def features(setting: Mapping[str, object]) -> frozenset[tuple[str, str]]:
     return frozenset(asked)
 
 
-def _equivalent(one: Case, other: Case) -> bool:
-    """The same setting by name, or another that asks the same of the operator and of the mesh."""
-    if bool(one.setting.get("causal")) != bool(other.setting.get("causal")):
-        return False
-    if one.setting_name == other.setting_name:
-        return True
-    # Heads that the ranks divide say nothing of heads that they do not.
-    uneven = [{text.split()[1] for text in uneven_roles(case)} for case in (one, other)]
-    return features(one.setting) == features(other.setting) and uneven[0] == uneven[1]
+@dataclass(frozen=True)
+class _Asked:
+    """What a case asks of the operator and of the mesh. `uneven`: roles that the ranks do not divide; heads
+    that they divide say nothing of heads that they do not."""
+
+    name: str
+    causal: bool
+    features: frozenset[tuple[str, str]]
+    uneven: frozenset[str]
+
+    def like(self, other: _Asked) -> bool:
+        """The same setting by name, or another that asks the same."""
+        if self.causal != other.causal:
+            return False
+        same = self.features == other.features and self.uneven == other.uneven
+        return same or self.name == other.name
+
+
+def _asked(case: Case) -> _Asked:
+    uneven = frozenset(text.split()[1] for text in uneven_roles(case))
+    causal = bool(case.setting.get("causal"))
+    return _Asked(case.setting_name, causal, features(case.setting), uneven)
 
 
 def _works(directions: _Directions, wanted: Iterable[str], free: bool) -> list[CaseResult]:
@@ -173,13 +186,18 @@ def other_operators(
     places: dict[tuple[object, str], list[tuple[_Call, dict[str, CaseResult]]]] = {}
     for call, directions in calls.items():
         places.setdefault((call.mesh, call.placement), []).append((call, directions))
+    asked = {call: _asked(_any_case(directions)) for call, directions in calls.items()}
+    by_name = {(call.who, call.setting, call.mesh, call.placement) for call in calls}
     shown: dict[tuple[str, str, str], dict[_Call, list[CaseResult]]] = {}
     for need, wanted in failing.items():
+        place = (need.setting, need.mesh, need.placement)
         for call, directions in places.get((need.mesh, need.placement), []):
-            if call.who == need.who or not _equivalent(_any_case(wanted), _any_case(directions)):
+            if call.who == need.who:
                 continue
             # Where the setting of the same name ran, it speaks alone; else the first equivalent one.
-            if call.setting != need.setting and replace(call, setting=need.setting) in calls:
+            if call.setting != need.setting and (call.who, *place) in by_name:
+                continue
+            if not asked[need].like(asked[call]):
                 continue
             cases = _works(directions, wanted, free)
             known = shown.setdefault(call.who, {})

@@ -19,12 +19,21 @@ from attncheck.probing import Operator, Results, Setting, Tensor
 from attncheck.runner import compat
 from attncheck.runner.dataflow import bypasses_dispatcher
 from attncheck.runner.guard import BypassesDispatcher
-from attncheck.runner.inputs import cotangent, whole_tensors
+from attncheck.runner.inputs import cotangent, lay_out, lay_out_cotangent, whole_tensors
 from attncheck.runner.observe import Observer, Trace
-from attncheck.runner.placements import shard
+from attncheck.runner.placements import coordinates, shard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+# Calls on the same values beyond the first and the warm one, where a case is repeated: a reduction whose
+# order changes shows in one of them.
+SAME_VALUES = 2
+
+
+# Stands for the type of an exception that PyTorch's simulation of ranks raised, and no real rank would.
+NOT_SIMULATED = "NotSimulated"
 
 
 class ProbeError(Exception):
@@ -52,6 +61,12 @@ class RankRecord:
     trace: Trace = field(default_factory=Trace)
     results: dict[str, Local] = field(default_factory=dict)
     warm: dict[str, Local] | None = None
+    repeats: list[dict[str, Local]] = field(
+        default_factory=list
+    )  # with other values, in their order
+    unrepeatable: tuple[
+        str, ...
+    ] = ()  # results whose bits changed from call to call on the same values
     timings: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_mib: float = 0.0
@@ -123,7 +138,9 @@ def _bypasses(
     it reaches, or guards it."""
     if operator.kernel_ops or operator.bypasses:
         return ""
-    tensors = {spec.name: wholes[spec.name].clone().to(device) for spec in specs}
+    tensors = {
+        spec.name: lay_out(wholes[spec.name].clone().to(device), spec, setting) for spec in specs
+    }
 
     def call() -> dict[str, torch.Tensor]:
         with _around(operator):
@@ -148,13 +165,16 @@ def run_whole(
     """
     # Clones: an operator may write into its arguments, and the next case starts from the same ones.
     leaves = {
-        spec.name: wholes[spec.name].clone().to(device).requires_grad_(spec.requires_grad)
+        spec.name: lay_out(wholes[spec.name].clone().to(device), spec, setting)
+        .detach()
+        .requires_grad_(spec.requires_grad)
         for spec in specs
     }
     torch.manual_seed(seed)
     outputs = named_outputs(operator.call(setting, leaves), f"{operator.name}: call")
     out = outputs["out"]
-    results = {name: value.detach().cpu().clone() for name, value in outputs.items()}
+    judged = {**_written(specs, leaves), **outputs}
+    results = {name: value.detach().cpu().clone() for name, value in judged.items()}
     for spec in specs:
         if not spec.mutable and not _same(leaves[spec.name].detach().cpu(), wholes[spec.name]):
             raise ProbeError(
@@ -169,11 +189,20 @@ def run_whole(
             f"{operator.name}: the output has no gradient, but {wanted[0]} is declared to require one"
         )
     dout = cotangent(operator.name, setting, out.shape, out.dtype, seed).to(device)
+    dout = lay_out_cotangent(dout, setting)
     grads = torch.autograd.grad(out, [leaves[n] for n in wanted], dout, allow_unused=True)
     for name, grad in zip(wanted, grads, strict=True):
         if grad is not None:
             results[f"grad.{name}"] = grad.detach().cpu()
     return results
+
+
+def _written(
+    specs: Sequence[Tensor], leaves: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What the operator writes into (a KV cache) is a result too, whether it is returned or not: an op whose
+    strategy redistributes it writes into a temporary, and nobody else would notice."""
+    return {s.name: leaves[s.name] for s in specs if s.mutable and s.wrap != "plain"}
 
 
 def named_outputs(returned: Results, who: str) -> dict[str, torch.Tensor]:
@@ -244,27 +273,36 @@ def distribute(
     prepared: Prepared, case: Case, mesh: DeviceMesh, device: str
 ) -> dict[str, torch.Tensor]:
     """The rank's DTensors (and plain tensors), leaves that require grad. No communication."""
+    return {spec.name: _leaf(spec, prepared, case, mesh, device) for spec in prepared.specs}
+
+
+def _leaf(
+    spec: Tensor, prepared: Prepared, case: Case, mesh: DeviceMesh, device: str
+) -> torch.Tensor:
+    setting, whole, texts = prepared.setting, prepared.wholes[spec.name], case.placements[spec.name]
+    is_plain = texts == ("plain",)
+
+    def part(rank: int) -> torch.Tensor:
+        mine = whole.clone() if is_plain else _shard_of(whole, texts, case, rank)
+        return lay_out(mine.to(device), spec, setting)
+
+    local = compat.map_ranks(part)
+    if is_plain:
+        return local.detach().requires_grad_(spec.requires_grad)
+    placed = DTensor.from_local(
+        local,
+        mesh,
+        [compat.placement_from_text(t) for t in texts],
+        run_check=False,
+        shape=whole.shape,
+        stride=lay_out(whole, spec, setting).stride(),
+    )
+    return placed.detach().requires_grad_(spec.requires_grad)
+
+
+def _shard_of(whole: torch.Tensor, texts: Sequence[str], case: Case, rank: int) -> torch.Tensor:
     sizes = tuple(case.mesh.values())
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    out = {}
-    for spec in prepared.specs:
-        whole = prepared.wholes[spec.name]
-        texts = case.placements[spec.name]
-        if texts == ("plain",):
-            out[spec.name] = whole.clone().to(device).requires_grad_(spec.requires_grad)
-            continue
-        local = shard(whole, texts, sizes, coordinate).to(device)
-        placed = DTensor.from_local(
-            local,
-            mesh,
-            [compat.placement_from_text(t) for t in texts],
-            run_check=False,
-            shape=whole.shape,
-            stride=whole.stride(),
-        )
-        out[spec.name] = placed.detach().requires_grad_(spec.requires_grad)
-    return out
+    return shard(whole, texts, sizes, coordinates(sizes)[rank])
 
 
 def run_once(
@@ -283,7 +321,8 @@ def run_once(
     operator = prepared.operator
     outputs = named_outputs(operator.call(prepared.setting, leaves), f"{operator.name}: call")
     out = outputs["out"]
-    results = {name: _local(value) for name, value in outputs.items()}
+    judged = {**_written(prepared.specs, leaves), **outputs}
+    results = {name: _local(value) for name, value in judged.items()}
     if case.direction == "forward":
         return results
     if observer is not None:
@@ -301,17 +340,28 @@ def _cotangent_like(
     out: torch.Tensor, prepared: Prepared, case: Case, mesh: DeviceMesh, seed: int, device: str
 ) -> torch.Tensor:
     """The output gradient, placed as the output is (the gradient of a `P(sum)` is replicated)."""
-    whole = cotangent(prepared.operator.name, prepared.setting, out.shape, out.dtype, seed)
+    setting = prepared.setting
+
+    def whole(shape: torch.Size) -> torch.Tensor:
+        return cotangent(prepared.operator.name, setting, shape, out.dtype, seed).to(device)
+
     if not isinstance(out, DTensor):
-        return whole.to(device)
+        return compat.map_ranks(
+            lambda rank: lay_out_cotangent(whole(compat.on_rank(out, rank).shape), setting)
+        )
     texts = [compat.placement_text(p) for p in out.placements]
     texts = ["R" if t.startswith("P") else t for t in texts]
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    local = shard(whole, texts, tuple(case.mesh.values()), coordinate).to(device)
-    placements = [compat.placement_from_text(t) for t in texts]
+    with compat.unsimulated():
+        dout = whole(out.shape)
     return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        compat.map_ranks(
+            lambda rank: lay_out_cotangent(_shard_of(dout, texts, case, rank), setting)
+        ),
+        mesh,
+        [compat.placement_from_text(t) for t in texts],
+        run_check=False,
+        shape=dout.shape,
+        stride=lay_out_cotangent(dout, setting).stride(),
     )
 
 
@@ -334,8 +384,12 @@ def run_case(
     device: str,
     seed: int,
     observer: Observer,
+    others: Sequence[tuple[int, Prepared]] = (),
 ) -> RankRecord:
-    """Run the case twice: watched, and (if PyTorch took it) again without attncheck in the way."""
+    """Run the case twice: watched, and (if PyTorch took it) again without attncheck in the way.
+
+    `others`: further values by their seed, to run it with once each.
+    """
     record = RankRecord(rank)
     if prepared.refused is not None:
         record.unavailable = prepared.refused
@@ -350,7 +404,7 @@ def run_case(
         with _around(prepared.operator), observer.watch() as trace:
             record.trace = trace
             record.results = run_once(prepared, case, mesh, device, seed, observer)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an operator's exit() is one that it raises
         if not observer.refused(error):
             record.exception = _describe(error, observer.trace.raised_in)
     record.timings["first"] = (time.perf_counter() - began) * 1e3
@@ -359,13 +413,49 @@ def run_case(
         began = time.perf_counter()
         try:
             with _around(prepared.operator):
-                record.warm = run_once(prepared, case, mesh, device, seed, None)
-        except Exception as error:
-            kind, text, op = _describe(error, observer.trace.last_op)
+                record.warm = run_once(prepared, case, mesh, device, seed, observer)
+        except (Exception, SystemExit) as error:
+            kind, text, op = _describe(error, _op_of(prepared, observer))
             record.exception = (kind, f"on the second call: {text}", op)
         record.timings["warm"] = (time.perf_counter() - began) * 1e3
+    if record.warm is not None:
+        again = [(seed, prepared)] * SAME_VALUES if others else []
+        _repeat(record, case, mesh, device, again, others)
     record.peak_rss_mib = peak_rss_mib()
     return record
+
+
+def _op_of(prepared: Prepared, observer: Observer) -> str:
+    """The operator's op of the phase that an unwatched call has come to; else the last one seen before."""
+    ops = prepared.operator.kernel_ops
+    return ops[observer.phase == "backward"] if len(ops) == 2 else observer.trace.last_op
+
+
+def _repeat(
+    record: RankRecord,
+    case: Case,
+    mesh: DeviceMesh,
+    device: str,
+    again: Sequence[tuple[int, Prepared]],
+    others: Sequence[tuple[int, Prepared]],
+) -> None:
+    """Run the case with the same values again, and once with each of the others; note what came."""
+    made = []
+    for seed, prepared in (*again, *others):
+        try:
+            with _around(prepared.operator):
+                made.append(run_once(prepared, case, mesh, device, seed, None))
+        except Exception as error:
+            kind, text, op = _describe(error, record.trace.last_op)
+            record.exception = (kind, f"with the values of seed {seed}: {text}", op)
+            return
+    record.repeats = made[len(again) :]
+    same = [record.warm or {}, *made[: len(again)]]
+    record.unrepeatable = tuple(
+        name
+        for name, first in record.results.items()
+        if any(name in call and not _same(first.tensor, call[name].tensor) for call in same)
+    )
 
 
 def failed_record(rank: int, error: BaseException) -> RankRecord:
@@ -376,6 +466,8 @@ def failed_record(rank: int, error: BaseException) -> RankRecord:
 
 
 def _describe(error: BaseException, op: str) -> tuple[str, str, str]:
+    if why := compat.not_simulated(error):
+        return NOT_SIMULATED, why, op
     text = str(error).strip() or type(error).__name__
     if isinstance(error, BypassesDispatcher):
         op = error.function

@@ -41,8 +41,44 @@ def whole_tensors(
     out = {}
     for position, spec in enumerate(specs):
         random = generator(seed, operator, setting.name, spec.name)
-        out[spec.name] = _fill(spec, setting, position, random)
+        whole = _fill(spec, setting, position, random)
+        if setting.memory == "expanded" and laid_out(spec):
+            whole = whole[:1].expand(whole.shape).contiguous()  # what stride 0 can say
+        out[spec.name] = whole
     return out
+
+
+def laid_out(spec: Tensor) -> bool:
+    """Whether `Setting.memory` is about this tensor: activations and masks of two dims or more."""
+    activation = spec.fill in ("normal", "float_mask", "bool_mask") and not spec.mutable
+    return activation and len(spec.sizes) > 1
+
+
+def lay_out(tensor: torch.Tensor, spec: Tensor, setting: Setting) -> torch.Tensor:
+    """The argument's values (whole, or a shard) in memory as the setting wants them."""
+    return in_memory(tensor, setting.memory) if laid_out(spec) else tensor
+
+
+def in_memory(tensor: torch.Tensor, memory: str) -> torch.Tensor:
+    """The same values as a view of fresh memory, with strides as `probing.MEMORY` says.
+
+    A shard laid out so has the strides that DTensor computes for it from the whole's.
+    """
+    if memory == "transposed" and tensor.ndim > 1:
+        a, b = (-3, -2) if tensor.ndim > 2 else (-2, -1)
+        # `contiguous` alone keeps the strides where a dim is 1 or 0 and both orders look the same.
+        stored = torch.empty_like(tensor.transpose(a, b), memory_format=torch.contiguous_format)
+        return stored.copy_(tensor.transpose(a, b)).transpose(a, b)
+    if memory == "sliced":
+        width = tensor.shape[-1]
+        buffer = torch.zeros(
+            (*tensor.shape[:-1], 3 * width), dtype=tensor.dtype, device=tensor.device
+        )
+        middle = buffer[..., width : 2 * width]
+        return middle.copy_(tensor)
+    if memory == "expanded":
+        return tensor[:1].clone().expand(tensor.shape)
+    return tensor
 
 
 def _fill(spec: Tensor, setting: Setting, position: int, random: torch.Generator) -> torch.Tensor:
@@ -79,6 +115,12 @@ def _fill(spec: Tensor, setting: Setting, position: int, random: torch.Generator
 def cotangent(
     operator: str, setting: Setting, shape: torch.Size, dtype: torch.dtype, seed: int
 ) -> torch.Tensor:
-    """The gradient that backward starts from: random, whole, the same on every rank."""
+    """The gradient that backward starts from: random, whole, contiguous, the same on every rank."""
     random = generator(seed, operator, setting.name, "cotangent")
     return (torch.randn(shape, generator=random, dtype=torch.float64) + 0.1).to(dtype)
+
+
+def lay_out_cotangent(tensor: torch.Tensor, setting: Setting) -> torch.Tensor:
+    """The gradient of the output (whole, or a shard) in memory as that of the setting's output is."""
+    usual = setting.memory in ("transposed", "sliced") and tensor.ndim > 1
+    return in_memory(tensor, setting.memory) if usual else tensor

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,24 +16,27 @@ from attncheck.model import (
     MissingOp,
     Outcome,
     RankState,
+    Spread,
     Status,
 )
 from attncheck.probing import KV_SEQUENCE, SEQUENCE
+from attncheck.runner import repeats
 from attncheck.runner.case import Local, Prepared, RankRecord
+from attncheck.runner.drift import Expected
 from attncheck.runner.inputs import DTYPES, cotangent
 from attncheck.runner.oracle import (
-    Expected,
     RankResult,
     Verdict,
     judge_dropout,
     judge_values,
 )
-from attncheck.runner.placements import shard_dim
+from attncheck.runner.placements import coordinates, shard_dim
 
 _WRONG = {
     "wrong_result",
     "wrong_gradient",
     "nonfinite",
+    "replica_wrong",
     "local_shape",
     "gradient_missing",
     "plain_result",
@@ -42,8 +45,19 @@ _WRONG = {
     "dropout_values",
     "dropout_shared",
 }
+# Facts that say where the errors lie, and change no status.
+DIAGNOSES = {"at_border", "on_one_rank", "order_dependent", "around_the_ops"}
 # Addresses, counters and rank numbers differ between ranks without meaning anything.
 _NOISE = re.compile(r"0x[0-9a-f]+|\d+")
+
+
+@dataclass(frozen=True)
+class Values:
+    """One set of values: its seed, the whole arguments, and what is expected of every result."""
+
+    seed: int
+    prepared: Prepared
+    expected: Mapping[str, Expected]
 
 
 def failed(records: Sequence[RankRecord], seed: int, hash_seeds: Sequence[int]) -> Outcome:
@@ -55,14 +69,14 @@ def failed(records: Sequence[RankRecord], seed: int, hash_seeds: Sequence[int]) 
 
 def judge(
     case: Case,
-    prepared: Prepared,
+    values: Sequence[Values],
     records: Sequence[RankRecord],
-    expected: Mapping[str, Expected],
-    seed: int,
     hash_seeds: Sequence[int],
     standins: tuple[str, ...],
 ) -> Outcome:
-    """The outcome of one case; `records` in rank order."""
+    """The outcome of one case; `records` in rank order, `values` as in the records: the first set is that
+    of the first two calls."""
+    seed = values[0].seed
     if any(r.failure for r in records):
         return failed(records, seed, hash_seeds)
     ranks = tuple(_rank_state(r, hash_seeds) for r in records)
@@ -81,19 +95,26 @@ def judge(
         timings={k: max(r.timings.get(k, 0.0) for r in records) for k in records[0].timings},
         standins=standins,
     )
-    diverged = _divergence(records)
+    illegal = _illegal(records)
+    diverged = _divergence(records, tuple(case.mesh.values()))
     if diverged:
-        return replace(
-            base, status=Status.DIVERGED, message=diverged, kernel_op=_parting_op(records)
-        )
+        op = _parting_op(records, _own_kernel_op(values[0].prepared, base.kernel_ops))
+        if illegal:  # what ranks do with a tensor that is not there says nothing of them
+            op = illegal[0].subject
+            diverged = f"local_shape {op}: {illegal[0].detail}; beyond it {diverged}"
+        return replace(base, status=Status.DIVERGED, message=diverged, kernel_op=op, facts=illegal)
     if base.missing_ops:
         base = replace(base, outputs=_output_placements(records[0].results))
         return _refused(base, records)
     exception = records[0].exception
     if exception:
         kind, text, op = exception
+        if illegal:  # what raises beyond it was handed what is not there
+            op = illegal[0].subject
+            text = f"local_shape {op}: {illegal[0].detail}; beyond it {kind}: {text}"
+            return replace(base, status=Status.WRONG, message=text, kernel_op=op, facts=illegal)
         return replace(base, status=Status.ERROR, exception_type=kind, message=text, kernel_op=op)
-    return _judge_numbers(base, case, prepared, records, expected)
+    return _judge_numbers(base, case, values, records)
 
 
 def changed(records: Sequence[RankRecord]) -> tuple[str, ...]:
@@ -109,36 +130,41 @@ def left_changed(outcome: Outcome, names: Sequence[str]) -> Outcome:
     return replace(outcome, facts=(*outcome.facts, *facts), message=message)
 
 
-def collectives_differ(records: Sequence[RankRecord]) -> bool:
+def collectives_differ(records: Sequence[RankRecord], mesh: Sequence[int]) -> bool:
     """Whether the ranks issued different collectives: the group is then out of step and must be rebuilt."""
-    return len({tuple(_names(r)) for r in records}) > 1
+    return len({tuple(names) for names in _names(records, mesh)}) > 1
 
 
 def _judge_numbers(
-    base: Outcome,
-    case: Case,
-    prepared: Prepared,
-    records: Sequence[RankRecord],
-    expected: Mapping[str, Expected],
+    base: Outcome, case: Case, values: Sequence[Values], records: Sequence[RankRecord]
 ) -> Outcome:
-    sizes = tuple(case.mesh.values())
-    dtype = DTYPES[prepared.setting.dtype]
-    first = _by_name([r.results for r in records])
-    wanted = {
-        name: value
-        for name, value in expected.items()
-        if case.direction == "backward" or not name.startswith("grad.")
-    }
-    verdict = Verdict()
-    if prepared.setting.dropout:
-        _judge_dropout_case(verdict, case, prepared, first, sizes, dtype, base.seed)
-    else:
-        verdict = judge_values(first, wanted, sizes)
-        second = _by_name([r.warm or {} for r in records])
-        verdict.facts += _second_call(verdict, judge_values(second, wanted, sizes))
-    unasked = () if prepared.operator.communicates else base.collectives
+    first, *others = values
+    verdict = _verdict(case, first, [r.results for r in records])
+    if not first.prepared.setting.dropout:
+        warm = _verdict(case, first, [r.warm or {} for r in records])
+        verdict.facts += _second_call(verdict, warm)
+    unrepeatable = {name for record in records for name in record.unrepeatable}
+    if not any(fact.code == "second_call_differs" for fact in verdict.facts):
+        detail = "the same values gave other bits in another call"
+        verdict.facts += [Fact("order_dependent", name, detail) for name in sorted(unrepeatable)]
+    spread = {}
+    if others:
+        more = [
+            (other.seed, _verdict(case, other, [r.repeats[at] for r in records]))
+            for at, other in enumerate(others)
+        ]
+        spread = _spread([(first.seed, verdict), *more], unrepeatable)
+        _take_worst(verdict, more)
+    illegal = _illegal(records)
+    if not any(fact.code == "local_shape" for fact in verdict.facts):
+        verdict.facts = [*illegal, *verdict.facts]
+    unasked = () if first.prepared.operator.communicates else base.collectives
     status = _numbers_status(verdict, unasked)
-    op = _own_kernel_op(prepared, base.kernel_ops) if status is not Status.SUPPORTED else ""
+    op = ""
+    if illegal:
+        op = illegal[0].subject
+    elif status is not Status.SUPPORTED:
+        op = _own_kernel_op(first.prepared, base.kernel_ops, verdict.facts)
     if status is Status.REDISTRIBUTED:
         op = max(base.collectives, key=lambda c: c.bytes).kernel_op
     return replace(
@@ -148,8 +174,52 @@ def _judge_numbers(
         message=_message(verdict, base.collectives, status),
         outputs=_output_placements(records[0].results),
         errors=verdict.errors,
+        spread=spread,
         facts=tuple(verdict.facts),
     )
+
+
+def _verdict(case: Case, values: Values, per_rank: Sequence[Mapping[str, Local]]) -> Verdict:
+    results = _by_name(per_rank)
+    sizes = tuple(case.mesh.values())
+    if values.prepared.setting.dropout:
+        verdict = Verdict()
+        dtype = DTYPES[values.prepared.setting.dtype]
+        _judge_dropout_case(verdict, case, values.prepared, results, sizes, dtype, values.seed)
+        return verdict
+    wanted = {
+        name: value
+        for name, value in values.expected.items()
+        if case.direction == "backward" or not name.startswith("grad.")
+    }
+    return judge_values(results, wanted, sizes)
+
+
+def _spread(
+    verdicts: Sequence[tuple[int, Verdict]], unrepeatable: Collection[str]
+) -> dict[str, Spread]:
+    """The spread of each tensor that was judged with every set of values."""
+    names = [n for n in verdicts[0][1].errors if all(n in v.errors for _, v in verdicts)]
+    return {
+        name: repeats.spread(
+            [(seed, v.errors[name]) for seed, v in verdicts], name not in unrepeatable
+        )
+        for name in names
+    }
+
+
+def _take_worst(verdict: Verdict, more: Sequence[tuple[int, Verdict]]) -> None:
+    """Make `verdict` that of the worst set of values, tensor by tensor; new facts name their seed."""
+    for seed, other in more:
+        known = {(f.code, f.subject) for f in verdict.facts}
+        verdict.facts += [
+            replace(fact, detail=f"{fact.detail} (seed {seed})")
+            for fact in other.facts
+            if (fact.code, fact.subject) not in known
+        ]
+        for name, stat in other.errors.items():
+            if name not in verdict.errors or stat.ratio > verdict.errors[name].ratio:
+                verdict.errors[name] = stat
 
 
 def _judge_dropout_case(
@@ -163,11 +233,11 @@ def _judge_dropout_case(
 ) -> None:
     """Masks are random: judge what must hold of any of them. dv must use the mask that forward drew."""
     out = results["out"]
-    zeros = torch.zeros(out.shape, dtype=torch.float64)
-    probe = judge_values({"out": out}, {"out": Expected(zeros, zeros.to(dtype))}, sizes)
-    verdict.facts += [
-        f for f in probe.facts if f.code in ("local_shape", "plain_result", "replicas_differ")
-    ]
+    # Only what is no value of its own is taken from this; the size of the values bounds the replicas.
+    even = torch.full(out.shape, 1.0 / max(out.shape[-1], 1), dtype=torch.float64)
+    probe = judge_values({"out": out}, {"out": Expected(even, even.to(dtype))}, sizes)
+    codes = ("local_shape", "plain_result", "replicas_differ", "replica_wrong")
+    verdict.facts += [f for f in probe.facts if f.code in codes]
     whole = probe.wholes.get("out")
     if whole is None:
         return
@@ -195,7 +265,9 @@ def _dim(dims: Sequence[str], role: str) -> int:
 def _second_call(first: Verdict, second: Verdict) -> list[Fact]:
     """A second call that is worse than the first was served something stale."""
     codes = {(f.code, f.subject) for f in first.facts}
-    worse = [f for f in second.facts if (f.code, f.subject) not in codes]
+    worse = [
+        f for f in second.facts if (f.code, f.subject) not in codes and f.code not in DIAGNOSES
+    ]
     return [Fact("second_call_differs", f.subject, f"{f.code}: {f.detail}") for f in worse]
 
 
@@ -227,7 +299,7 @@ def _refused(base: Outcome, records: Sequence[RankRecord]) -> Outcome:
     return replace(base, status=status, kernel_op=first.op, message=message)
 
 
-def _divergence(records: Sequence[RankRecord]) -> str:
+def _divergence(records: Sequence[RankRecord], mesh: Sequence[int]) -> str:
     """What the ranks did differently, or ''."""
     ends = [_ending(r) for r in records]
     if len(set(ends)) > 1:
@@ -240,7 +312,7 @@ def _divergence(records: Sequence[RankRecord]) -> str:
             )
             parts.append(f"rank {record.rank} {ended}")
         return "ranks ended differently: " + "; ".join(parts)
-    names = [_names(r) for r in records]
+    names = _names(records, mesh)
     for step, together in enumerate(zip(*names, strict=False)):
         if len(set(together)) > 1:
             parts = [f"rank {r.rank} {n}" for r, n in zip(records, together, strict=True)]
@@ -261,9 +333,36 @@ def _ending(record: RankRecord) -> tuple[str, str]:
     return kind, _NOISE.sub("#", _line(text))
 
 
-def _names(record: RankRecord) -> list[str]:
-    # With sizes: DTensor pads uneven shards, so ranks in step send equally much.
-    return [entry.replace(":", " of ") + " B" for entry in record.trace.sequence]
+def _names(records: Sequence[RankRecord], mesh: Sequence[int]) -> list[list[str]]:
+    """The collectives of each rank, with sizes: DTensor pads uneven shards, so the ranks of a process group
+    send equally much. On a mesh of several axes other groups hold other shards, and may send more or less
+    while all ranks run the same ops on the same placements: such steps go by their name alone."""
+    sequences = [record.trace.sequence for record in records]
+    same_path = len({tuple(record.trace.ops.items()) for record in records}) == 1
+    names: list[list[str]] = [[] for _ in records]
+    for step in range(max(map(len, sequences))):
+        entries = [seq[step] if step < len(seq) else "" for seq in sequences]
+        by_group = same_path and "" not in entries and _agree_in_groups(entries, mesh)
+        for mine, entry in zip(names, entries, strict=True):
+            name, _, size = entry.partition(":")
+            if name:
+                mine.append(name if by_group else f"{name} of {size} B")
+    return names
+
+
+def _agree_in_groups(entries: Sequence[str], mesh: Sequence[int]) -> bool:
+    """Whether all ranks issued the same collective, and the ranks along some mesh axis equally much, but
+    not those along all."""
+    if len(set(entries)) == 1 or len({entry.partition(":")[0] for entry in entries}) > 1:
+        return False
+    for axis in range(len(mesh)):
+        groups: dict[tuple[int, ...], set[str]] = {}
+        for coordinate, entry in zip(coordinates(mesh), entries, strict=True):
+            others = (*coordinate[:axis], *coordinate[axis + 1 :])
+            groups.setdefault(others, set()).add(entry)
+        if mesh[axis] > 1 and all(len(sizes) == 1 for sizes in groups.values()):
+            return True
+    return False
 
 
 def _line(text: str) -> str:
@@ -305,18 +404,64 @@ def _collectives(records: Sequence[RankRecord]) -> tuple[Collective, ...]:
     return tuple(largest.values())
 
 
-def _parting_op(records: Sequence[RankRecord]) -> str:
-    """The first kernel op that ranks saw with other placements; else where a rank raised, or ended."""
+def _parting_op(records: Sequence[RankRecord], own: str) -> str:
+    """The first kernel op that ranks saw with other placements; else where a rank raised; else the
+    operator's `own`, or the last one seen."""
     for together in zip(*(r.trace.ops for r in records), strict=False):
         if len(set(together)) > 1:
             return str(together[0][0])
-    return next((r.trace.last_op for r in records if r.exception), records[0].trace.last_op)
+    raised = next((r for r in records if r.exception), None)
+    if raised is not None and raised.exception is not None:
+        return raised.exception[2] or raised.trace.last_op
+    return own or records[0].trace.last_op
 
 
-def _own_kernel_op(prepared: Prepared, ops: Sequence[KernelOp]) -> str:
-    """The operator's kernel op, where it has one and this case reached it; else nobody stands out."""
-    reached = [op for op in prepared.operator.kernel_ops if any(k.op == op for k in ops)]
-    return reached[0] if len(prepared.operator.kernel_ops) <= 2 and reached else ""
+def _illegal(records: Sequence[RankRecord]) -> tuple[Fact, ...]:
+    """The first kernel op that gave a local tensor whose shape is not what its placements say."""
+    for record in records:
+        for (op, _), why in record.trace.illegal.items():
+            return (Fact("local_shape", op, f"an output of it: {why}"),)
+    return ()
+
+
+def _own_kernel_op(prepared: Prepared, ops: Sequence[KernelOp], facts: Sequence[Fact] = ()) -> str:
+    """The operator's kernel op, where this case reached one in the direction that is at fault; else nobody
+    stands out."""
+    judged = [f.subject for f in facts if f.code not in DIAGNOSES]
+    backward = bool(judged) and all(subject.startswith("grad.") for subject in judged)
+    phases = ("backward",) if backward else ("forward",)
+    for among in (phases, ("forward", "backward")):
+        reached = [
+            op
+            for op in prepared.operator.kernel_ops
+            if any(k.op == op and k.phase in among for k in ops)
+        ]
+        if reached:
+            return reached[0] if len(reached) == 1 or len(prepared.operator.kernel_ops) <= 2 else ""
+    return ""
+
+
+# What values say that are wrong from the first call on: an op can be asked about it.
+_ASKABLE = {"wrong_result", "wrong_gradient", "nonfinite", "local_shape", "replicas_differ"}
+
+
+def wants_blame(outcome: Outcome, dropout: bool) -> bool:
+    """Whether asking each kernel op by itself can say more of who is at fault."""
+    codes = {fact.code for fact in outcome.facts}
+    known = outcome.kernel_op in {f.subject for f in outcome.facts if f.code == "local_shape"}
+    return outcome.status is Status.WRONG and bool(codes & _ASKABLE) and not (known or dropout)
+
+
+def blamed(outcome: Outcome, op: str, all_asked: bool) -> Outcome:
+    """The outcome with the op that is at fault, or, where all were asked and none is, with none."""
+    if op:
+        return replace(outcome, kernel_op=op)
+    if not all_asked:
+        return outcome
+    text = "each kernel op gave on shards what it gives on whole ones: the fault lies around them"
+    fact = Fact("around_the_ops", "", text)
+    message = f"{outcome.message}; {text}"
+    return replace(outcome, kernel_op="", message=message, facts=(*outcome.facts, fact))
 
 
 def _by_name(per_rank: Sequence[Mapping[str, Local]]) -> dict[str, RankResult]:

@@ -28,6 +28,11 @@ FRUITLESS_ATTEMPTS = 3
 MAX_RESTARTS = 100_000
 STOP_SECONDS = 15.0
 
+# Memory that a kernel never writes may hold the right values of an earlier call by chance. glibc fills what
+# it hands out with 0x7f bytes under the first of these (3.4e38 in float32 and bfloat16, NaN in float16),
+# and small blocks too under the second; other C libraries ignore both.
+POISON = {"MALLOC_PERTURB_": "128", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the workers are gone and the journal is kept."""
@@ -47,16 +52,16 @@ def command(run: RunDir, ranks: int) -> list[str]:
     ]  # fmt: skip
 
 
-def run_workers(
-    run: RunDir, config: RunConfig, on_progress: Callable[[journal.Tail], None]
-) -> None:
-    """Run until every case has an outcome. Raises UserError (could not start or go on) or Interrupted."""
+def start(run: RunDir, config: RunConfig) -> subprocess.Popen[bytes]:
+    """Start torchrun, which starts the ranks. Whoever starts it also ends it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **config.environment}
     # Names of this machine may not resolve on a laptop without a network; ranks are all local here.
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    for name, value in POISON.items():
+        environment.setdefault(name, value)
     shutil.rmtree(run.logs, ignore_errors=True)
-    process = subprocess.Popen(
-        command(run, config.ranks),
+    return subprocess.Popen(
+        command(run, config.workers),
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -64,6 +69,13 @@ def run_workers(
         start_new_session=True,  # Ctrl-C reaches attncheck alone, which then ends the workers in order
         preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
+
+
+def run_workers(
+    run: RunDir, config: RunConfig, on_progress: Callable[[journal.Tail], None]
+) -> None:
+    """Run until every case has an outcome. Raises UserError (could not start or go on) or Interrupted."""
+    process = start(run, config)
     with _ended_with(process):
         _watch(run, process, on_progress)
 
@@ -78,11 +90,11 @@ def _watch(
         if tail.update():
             on_progress(tail)
             if len(tail.ended) != done_before:
-                done_before, attempts_before = len(tail.ended), _attempts(run)
+                done_before, attempts_before = len(tail.ended), attempts(run)
         if code == 0:
             return
-        if code is not None or _attempts(run) - attempts_before > FRUITLESS_ATTEMPTS:
-            raise UserError(f"The workers could not run: {_last_words(run)}")
+        if code is not None or attempts(run) - attempts_before > FRUITLESS_ATTEMPTS:
+            raise UserError(f"The workers could not run: {last_words(run)}")
         time.sleep(POLL_SECONDS)
 
 
@@ -100,13 +112,18 @@ def _ended_with(process: subprocess.Popen[bytes]) -> Iterator[None]:
         raise Interrupted from None
     finally:
         signal.signal(signal.SIGTERM, previous)
-        if process.poll() is None:
-            process.terminate()  # torchrun ends its workers on SIGTERM
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()  # workers notice that their parent is gone and leave by themselves
-                process.wait()
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """torchrun and its workers are gone afterwards."""
+    if process.poll() is None:
+        process.terminate()  # torchrun ends its workers on SIGTERM
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()  # workers notice that their parent is gone and leave by themselves
+            process.wait()
 
 
 def _end_with_parent() -> None:
@@ -117,7 +134,7 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def _attempts(run: RunDir) -> int:
+def attempts(run: RunDir) -> int:
     """How often torchrun has started the workers: one log folder each."""
     return sum(1 for _ in run.logs.glob("*/attempt_*"))
 
@@ -127,7 +144,7 @@ _NOISE = re.compile(
 )
 
 
-def _last_words(run: RunDir) -> str:
+def last_words(run: RunDir) -> str:
     """The last line of the last attempt that says something, from the workers' logs or torchrun's."""
     try:
         if shutil.disk_usage(run.path).free < 2**16:

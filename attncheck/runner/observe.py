@@ -16,6 +16,7 @@ emulates reduce_scatter by all_reduce and all_to_all by all_gather, and so sends
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from attncheck.model import Collective, KernelOp, MissingOp
-from attncheck.runner import compat
+from attncheck.runner import blame, compat
 
 STATE_BYTES = 256
 
@@ -54,6 +55,8 @@ _COLLECTIVES = {
     "broadcast_": "broadcast",
     "scatter_": "scatter",
 }
+# Ops without a kernel, which autograd adds behind the one that a user calls: no rank waits or dies in them.
+_ALIASES = ("aten.detach.default", "aten.alias.default")
 _COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
 
 
@@ -80,6 +83,8 @@ class Trace:
     missing: dict[tuple[str, str, str], str] = field(default_factory=dict)
     collectives: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)
     sequence: list[str] = field(default_factory=list)
+    # (op, phase): why the shape of an output of it is not what its placements say.
+    illegal: dict[tuple[str, str], str] = field(default_factory=dict)
     last_op: str = ""
     raised_in: str = (
         ""  # the op that let an exception through; '' where Python above the ops raised
@@ -112,6 +117,9 @@ class StateFile:
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        # Held as long as the process lives: how a peer can tell that it is gone, whatever it died of.
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.case = -1
         self.doing = "idle"
         self.op = ""
@@ -138,6 +146,16 @@ class RankDoing:
     op: str
 
 
+def is_gone(path: Path) -> bool:
+    """Whether the process that wrote this state file has ended. False where nobody can tell."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # it is held, or this file system has no locks
+        return False
+    return True
+
+
 def read_state(path: Path) -> RankDoing:
     """What a rank last wrote; `idle` with case -1 where it wrote nothing (yet)."""
     try:
@@ -149,10 +167,17 @@ def read_state(path: Path) -> RankDoing:
 
 class Observer:
     """Runs calls under both modes and fills a `Trace`. The caller sets `phase`: `setup`, where ops are
-    not recorded, then `forward` and `backward`."""
+    not recorded, then `forward` and `backward`.
 
-    def __init__(self, state: StateFile) -> None:
+    Where one process simulates many `ranks`, `trace` is the first one's. The others took part in the same
+    calls; what of theirs may differ is the communication, in `peers`.
+    """
+
+    def __init__(self, state: StateFile, ranks: int = 1) -> None:
+        self.ranks = ranks
         self.trace = Trace()
+        self.peers: list[Trace] = []
+        self.calls = blame.Record()
         self.phase = "setup"
         self.state = state
         self.current_op = ""
@@ -162,6 +187,8 @@ class Observer:
     @contextlib.contextmanager
     def watch(self) -> Iterator[Trace]:
         self.trace = Trace()
+        self.peers = [Trace() for _ in range(1, self.ranks)]
+        self.calls = blame.Record()
         self.phase = "setup"
         compat.route_higher_order_ops(_Above, _Below)
         with (
@@ -189,21 +216,35 @@ class Observer:
         self.trace.missing[op, self.phase, kind] = compat.refusal_sentence(error)
         return True
 
+    def begin(self, func: Any, op: str, args: Any, kwargs: Any) -> blame.OpCall | None:
+        """Keeps what the op takes; of simulated ranks nothing is kept."""
+        if self.phase == "setup" or self.ranks > 1:
+            return None
+        return self.calls.begin(func, op, self.phase, args, kwargs)
+
     def record_op(self, op: str, inputs: Any, outputs: Any) -> None:
         if self.phase == "setup":
             return  # attncheck's own making of the arguments
         key = (op, self.phase, _placements(inputs), _placements(outputs))
         self.trace.ops[key] = self.trace.ops.get(key, 0) + 1
+        if why := blame.illegal_shape(outputs):
+            self.trace.illegal.setdefault((op, self.phase), why)
 
-    def record_collective(self, name: str, local_bytes: int, ranks: int) -> None:
+    def record_collective(
+        self, name: str, operands: Sequence[torch.Tensor], group_ranks: int
+    ) -> None:
         self.state.collectives += 1
         self.last_collective = name
-        self.trace.sequence.append(f"{name}:{local_bytes}")
-        if not self.counting:
-            return
-        key = (name, self.current_op, self.phase)
-        count, size = self.trace.collectives.get(key, (0, 0))
-        self.trace.collectives[key] = (count + 1, size + ring_bytes(name, local_bytes, ranks))
+        for rank, trace in enumerate((self.trace, *self.peers)):
+            local = [compat.on_rank(t, rank) for t in operands]
+            local_bytes = sum(t.numel() * t.element_size() for t in local)
+            trace.sequence.append(f"{name}:{local_bytes}")
+            if not self.counting:
+                continue
+            key = (name, self.current_op, self.phase)
+            count, size = trace.collectives.get(key, (0, 0))
+            sent = ring_bytes(name, local_bytes, group_ranks)
+            trace.collectives[key] = (count + 1, size + sent)
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
@@ -216,7 +257,7 @@ class Observer:
 
     @contextlib.contextmanager
     def _alltoall(self, local: torch.Tensor, ranks: int) -> Iterator[None]:
-        self.record_collective("all_to_all", local.numel() * local.element_size(), ranks)
+        self.record_collective("all_to_all", (local,), ranks)
         with self.suspended():
             yield
 
@@ -257,7 +298,9 @@ class _Above(_Mode):  # type: ignore[no-untyped-call]
                 return NotImplemented  # its own handler waits for it, under both modes
             return func(*args, **kwargs)  # plain tensors are the lower mode's business
         name = compat.op_name(func)
-        observer.enter(name)
+        if name not in _ALIASES:
+            observer.enter(name)
+        call = observer.begin(func, name, args, kwargs)
         try:
             # This mode is off inside its own handler; the lower one stays on and sees what follows.
             out = func(*args, **kwargs)
@@ -275,6 +318,8 @@ class _Above(_Mode):  # type: ignore[no-untyped-call]
             with observer.suspended():
                 out = run_replicated(func, args, kwargs)
         observer.record_op(name, (args, kwargs), out)
+        if call is not None:
+            observer.calls.end(call, args, kwargs, out)
         return out
 
 
@@ -288,8 +333,7 @@ def _call_local(observer: Observer, func: Any, args: Any, kwargs: Mapping[str, A
         return func(*args, **kwargs)
     if name is not None:
         tensors, group = _collective_operands(func, args, kwargs)
-        local_bytes = sum(t.numel() * t.element_size() for t in tensors)
-        observer.record_collective(name, local_bytes, compat.group_size(group))
+        observer.record_collective(name, tensors, compat.group_size(group))
     # Collectives are asynchronous: ranks block where they wait, for what was issued last.
     observer.state.set("collective", f"{name or observer.last_collective} in {observer.current_op}")
     try:
@@ -333,7 +377,7 @@ def run_replicated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
                 wholes[id(value)] = compat.local_tensor(gathered).clone()
         return wholes[id(value)]
 
-    out = func(*tree_map(whole, args), **tree_map(whole, dict(kwargs)))
+    out = compat.call_on_ranks(func, tree_map(whole, args), tree_map(whole, dict(kwargs)))
     schema = getattr(func, "_schema", None)
     arguments = schema.arguments if schema is not None else ()  # a higher-order op mutates nothing
     named = dict(zip((a.name for a in arguments), args, strict=False)) | dict(kwargs)

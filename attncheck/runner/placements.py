@@ -8,6 +8,7 @@ fewer rows or none), mesh axes are applied left to right, `Replicate` copies, `P
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,46 @@ def local_shape(
     return tuple(b - a for a, b in local_bounds(shape, placements, mesh, coordinate))
 
 
+def owners(
+    index: Sequence[int], shape: Sequence[int], placements: Placements, mesh: Sequence[int]
+) -> tuple[int, ...]:
+    """The ranks that hold the element at global `index` (or a part of it)."""
+    return tuple(
+        rank
+        for rank, coordinate in enumerate(coordinates(mesh))
+        if all(
+            low <= i < high
+            for i, (low, high) in zip(
+                index, local_bounds(shape, placements, mesh, coordinate), strict=True
+            )
+        )
+    )
+
+
+def border_distance(
+    shape: Sequence[int], placements: Placements, mesh: Sequence[int]
+) -> torch.Tensor | None:
+    """For each element, how many elements lie between it and the nearest border between two shards.
+
+    0 is next to a border. None where nothing is sharded.
+    """
+    nearest: torch.Tensor | None = None
+    for dim, size in enumerate(shape):
+        starts = {
+            local_bounds(shape, placements, mesh, coordinate)[dim][0]
+            for coordinate in coordinates(mesh)
+        }
+        borders = sorted(start for start in starts if 0 < start < size)
+        if not borders:
+            continue
+        at = torch.arange(size)
+        distances = [torch.where(at < border, border - 1 - at, at - border) for border in borders]
+        along = torch.stack(distances).amin(0)
+        along = along.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        nearest = along if nearest is None else torch.minimum(nearest, along)
+    return None if nearest is None else nearest.expand(tuple(shape))
+
+
 def partial_weight(parts: int, index: int) -> float:
     """The share of the value that rank `index` holds of a `P(sum)`: different on every rank, summing to 1."""
     return 2 * (index + 1) / (parts * (parts + 1))
@@ -94,10 +135,10 @@ def assemble(
 ) -> Assembly:
     """Put the ranks' local tensors together, in float64, the way `placements` claims they belong.
 
-    Raises ValueError for a placement it does not know (a strided shard, a reduction that is not a sum).
+    Raises ValueError for a placement it does not know (a strided shard, a maximum).
     """
     for placement in placements:
-        if placement != "R" and placement != "P(sum)" and shard_dim(placement) is None:
+        if placement not in ("R", "P(sum)", "P(avg)") and shard_dim(placement) is None:
             raise ValueError(f"attncheck cannot assemble the placement {placement}")
     coords = coordinates(mesh)
     faults = tuple(
@@ -111,7 +152,8 @@ def assemble(
     whole = torch.zeros(tuple(shape), dtype=torch.float64)
     gap = 0.0
     seen: dict[tuple[tuple[int, int], ...], dict[tuple[int, ...], torch.Tensor]] = {}
-    partial_axes = [i for i, p in enumerate(placements) if p == "P(sum)"]
+    partial_axes = [i for i, p in enumerate(placements) if p in ("P(sum)", "P(avg)")]
+    averaged = math.prod(n for n, p in zip(mesh, placements, strict=True) if p == "P(avg)")
     for coordinate, local in zip(coords, locals_by_rank, strict=True):
         bounds = tuple(local_bounds(shape, placements, mesh, coordinate))
         part = tuple(coordinate[i] for i in partial_axes)
@@ -123,7 +165,7 @@ def assemble(
     for bounds, parts in seen.items():
         region = tuple(slice(a, b) for a, b in bounds)
         for local in parts.values():
-            whole[region] += local.to(torch.float64)
+            whole[region] += local.to(torch.float64) / averaged
     return Assembly(whole, (), gap)
 
 

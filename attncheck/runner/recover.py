@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from attncheck.model import Outcome, RankState, Status
@@ -17,12 +18,15 @@ _TIMEOUT = re.compile(r"^Timeout \(", re.MULTILINE)
 def outcome_of_dead_case(run: RunDir, config: RunConfig, case: int, attempt: str) -> Outcome:
     """`crash`, `hang` or `diverged`, with each rank's last op. Removes what it has read."""
     stuck = _take_stuck(run, case)
-    faults = _take_faults(run, config.ranks, attempt)
+    faults = _take_faults(run, config.workers, attempt)
     if stuck is not None:
         return _stuck_outcome(stuck, config)
     ranks = []
-    for rank in range(config.ranks):
+    busy = []
+    for rank in range(config.workers):
         doing = read_state(run.state(rank))
+        if doing.case == case and doing.doing != "done":
+            busy.append(rank)
         last = doing.op if doing.case == case else ""
         ranks.append(
             RankState(rank, config.hash_seeds[rank], last, faults.get(rank, ""), doing.collectives)
@@ -31,7 +35,7 @@ def outcome_of_dead_case(run: RunDir, config: RunConfig, case: int, attempt: str
         return Outcome(
             Status.HANG,
             f"no answer within {config.case_timeout:g} s, and Python itself was blocked",
-            kernel_op=_op_name(_first_op(ranks)),
+            kernel_op=_op_name(_first_op(ranks, busy)),
             ranks=tuple(_brief(r) for r in ranks),
             seed=config.seed,
         )
@@ -41,7 +45,7 @@ def outcome_of_dead_case(run: RunDir, config: RunConfig, case: int, attempt: str
         op = ranks[dead[0][0]].last_op
         message = f"the process died inside {op or 'an unknown op'} ({who})"
     else:
-        op = _first_op(ranks)
+        op = _first_op(ranks, busy)
         message = "a worker process died without last words (killed, or out of memory)"
     return Outcome(
         Status.CRASH,
@@ -61,14 +65,24 @@ def _stuck_outcome(stuck: dict[str, Any], config: RunConfig) -> Outcome:
     )
     where = "; ".join(f"rank {r.rank} {r.exception} {r.last_op}" for r in ranks)
     seconds = stuck["seconds"]
-    if stuck["why"] == "peer_left":
+    done = [entry["doing"] == "done" for entry in stuck["ranks"]]
+    # Who left with an exception is why the others wait; a rank that finished is not.
+    raised = [r.rank for r in ranks if done[r.rank] and " in " in r.last_op]
+    busy = raised or [r.rank for r in ranks if not done[r.rank]]
+    if stuck["why"] == "peer_gone":
+        busy = stuck["gone"]
+        who = ", ".join(f"rank {rank}" for rank in busy)
+        # Any other code, and any signal, would have had torchrun start all ranks afresh.
+        text = f"{who} left in the middle of the case with exit code 0: {where}"
+        status = Status.CRASH
+    elif stuck["why"] == "peer_left":
         status, text = Status.DIVERGED, f"one rank waits for a rank that has left the case: {where}"
     elif stuck["why"] == "mismatch":
         status, text = Status.DIVERGED, f"ranks wait in different collectives: {where}"
     else:
         status, text = Status.HANG, f"no answer within {seconds:g} s: {where}"
     return Outcome(
-        status, text, kernel_op=_op_name(_first_op(ranks)), ranks=ranks, seed=config.seed
+        status, text, kernel_op=_op_name(_first_op(ranks, busy)), ranks=ranks, seed=config.seed
     )
 
 
@@ -77,8 +91,10 @@ def _op_name(last: str) -> str:
     return last.rpartition(" in ")[2]
 
 
-def _first_op(ranks: list[RankState] | tuple[RankState, ...]) -> str:
-    return next((r.last_op for r in ranks if r.last_op), "")
+def _first_op(ranks: Sequence[RankState], busy: Collection[int] = ()) -> str:
+    """What the first of the `busy` ranks was doing, or any other: those that the outcome is about."""
+    first = sorted(ranks, key=lambda r: r.rank not in busy)
+    return next((r.last_op for r in first if r.last_op), "")
 
 
 def _brief(rank: RankState) -> RankState:

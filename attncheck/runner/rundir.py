@@ -2,6 +2,7 @@
 
 run.json        what to run it with (RunConfig)
 cases.jsonl     the planned cases, one a line
+queue.jsonl     instead of them: what workers that serve are asked to run, one a line, growing
 journal.jsonl   starts and outcomes
 rank0.state     what a rank is doing, one line, overwritten in place
 *.fault         faulthandler's last words of a rank that died
@@ -20,14 +21,18 @@ from typing import Any
 
 from attncheck.inventory import RegisteredOp
 from attncheck.model import Case, from_json, to_json
+from attncheck.probing import Setting
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How workers run. `path` is put in front of sys.path; `imports` are modules to import, `registered`
-    the ops of theirs that probes make operators of; `hash_seeds` has one PYTHONHASHSEED a rank;
-    `case_timeout` is in seconds; `launch` names this start of the workers; `environment` is added to
-    theirs; `notes` is what the parent wants to remember when it resumes."""
+    """How workers run. `mesh` is that of this launch, which runs the cases on that mesh; `repeats` is with
+    how many sets of values each is run. `path` is put in front of sys.path; `imports` are modules to
+    import, `registered` the ops of theirs that probes make operators of; `hash_seeds` has one
+    PYTHONHASHSEED a rank (of the largest mesh); `case_timeout` is in seconds; `launch` names this start
+    of the workers; `environment` is added to
+    theirs; `notes` is what the parent wants to remember when it resumes; `serve`: the workers wait for
+    cases in the queue."""
 
     seed: int
     mesh: Mapping[str, int]
@@ -39,12 +44,52 @@ class RunConfig:
     imports: tuple[str, ...] = ()
     registered: tuple[RegisteredOp, ...] = ()
     launch: str = ""
+    engine: str = "processes"
+    repeats: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    serve: bool = False
 
     @property
     def ranks(self) -> int:
         return math.prod(self.mesh.values())
+
+    @property
+    def workers(self) -> int:
+        """How many processes run them: one a rank, or one that simulates all."""
+        return 1 if self.engine == "simulated" else self.ranks
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A case that workers are asked to run, and its setting, which its operator need not have."""
+
+    case: Case
+    setting: Setting
+
+
+class Queue:
+    """A file that grows by one case a line; `null` says that there will be no more."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: list[str] = []
+        self._offset = 0
+
+    def ask(self, asked: Asked | None) -> None:
+        with self._path.open("a", encoding="utf-8") as queue:
+            queue.write(json.dumps(to_json(asked)) + "\n")
+
+    def line(self, index: int) -> str | None:
+        """The line of this index, or None where it is not there yet."""
+        if index >= len(self._lines) and self._path.exists():
+            with self._path.open("rb") as queue:
+                queue.seek(self._offset)
+                added = queue.read()
+            whole = added[: added.rfind(b"\n") + 1]
+            self._offset += len(whole)
+            self._lines += whole.decode().splitlines()
+        return self._lines[index] if index < len(self._lines) else None
 
 
 class RunDir:
@@ -53,6 +98,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.journal = path / "journal.jsonl"
+        self.queue = path / "queue.jsonl"
         self.stuck = path / "stuck.json"
         self.logs = path / "logs"
 

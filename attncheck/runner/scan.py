@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from attncheck import environment, inventory, plugins, provision, rules
-from attncheck.errors import UserError
+from attncheck.errors import UserError, unknown
 from attncheck.inventory import REGISTERED
 from attncheck.model import (
     UNPLANNED,
@@ -30,9 +30,9 @@ from attncheck.model import (
     from_json,
     to_json,
 )
-from attncheck.plan import Selection, plan
+from attncheck.plan import Selection, plan_meshes
 from attncheck.probing import Probe
-from attncheck.runner import journal, launch
+from attncheck.runner import crosscheck, journal, launch
 from attncheck.runner.rundir import RunConfig, RunDir
 
 # Ranks get different hash seeds, recorded, and the same ones in every scan so that verdicts repeat.
@@ -46,11 +46,15 @@ LIVE_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class ScanRequest:
-    """What to scan and how. `with_packages`: requirements to provision; `case_timeout`: seconds or None
-    for the level's own; `run_dir`: None for a folder in the user's cache."""
+    """What to scan and how. `meshes`: the cases are run on each; `repeats`: with how many sets of values;
+    `engine`: `processes`, `simulated`, or `both` to hold one against the other;
+    `with_packages`: requirements to provision; `case_timeout`: seconds or None for the level's own;
+    `run_dir`: None for a folder in the user's cache."""
 
     selection: Selection = field(default_factory=Selection)
-    mesh: Mapping[str, int] = field(default_factory=lambda: {"tp": 2})
+    meshes: tuple[Mapping[str, int], ...] = ({"tp": 2},)
+    repeats: int = 1
+    engine: str = "processes"
     device: str = "cpu"
     seed: int | None = None
     hash_seed: int = FIRST_HASH_SEED
@@ -76,6 +80,14 @@ def _check_request(request: ScanRequest) -> None:
             raise UserError(f"Probe file {file} does not exist.")
     if request.device == "cuda" and environment.gpu() == "none":
         raise UserError("--device cuda: this machine has no NVIDIA driver; use --device cpu.")
+    if request.engine not in crosscheck.ENGINES:
+        raise unknown("engine", request.engine, crosscheck.ENGINES)
+    if request.engine != "processes" and not environment.simulates_ranks():
+        version = environment.packages().get("torch", "none")
+        raise UserError(
+            f"--engine {request.engine} needs torch's LocalTensorMode, which came with 2.10; this is "
+            f"{version}: use --engine processes."
+        )
 
 
 def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
@@ -90,7 +102,7 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
         log(sentence)
     imports = (*request.imports, *_installed_imports(shelf.probes, request))
     if not imports:  # with some, what there is to plan is only known later
-        plan(shelf.probes, request.mesh, request.selection)
+        plan_meshes(shelf.probes, request.meshes, request.selection)
     path: list[str] = []
     provisioned = time.time()
     for requirement in request.with_packages:
@@ -98,15 +110,18 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     phases = {"provision": round(time.time() - provisioned, 2)}
     found = _look(shelf.probes, imports, request, path)
     probes = [plugins.with_discovered(p, found.ops) for p in shelf.probes]
-    cases = plan(probes, request.mesh, request.selection, _beside_names(found))
+    cases = plan_meshes(probes, request.meshes, request.selection, _beside_names(found))
     timeout = request.case_timeout or CASE_TIMEOUT[request.selection.level]
-    ranks = math.prod(request.mesh.values())
+    ranks = max(math.prod(mesh.values()) for mesh in request.meshes)
+    simulated = request.engine == "simulated"
     config = RunConfig(
+        engine="simulated" if simulated else "processes",
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
-        mesh=dict(request.mesh),
+        mesh=dict(request.meshes[0]),
+        repeats=request.repeats,
         device=request.device,
         case_timeout=timeout,
-        hash_seeds=tuple(request.hash_seed + rank for rank in range(ranks)),
+        hash_seeds=tuple(request.hash_seed + rank for rank in range(1 if simulated else ranks)),
         probe_files=tuple(str(p) for p in shelf.files),
         path=tuple(path),
         imports=tuple(m for m in imports if m not in {p.module for p in found.problems}),
@@ -115,6 +130,7 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
             "began": began,
             "phases": phases,
             "level": request.selection.level,
+            "engine": request.engine,
             "command": request.command,
             "probe_errors": [sentence for _, sentence in shelf.errors],
             "problems": to_json(found.problems),
@@ -201,32 +217,15 @@ def _run(
     run: RunDir, config: RunConfig, cases: Sequence[Case], log: Log, on_progress: Progress
 ) -> Report:
     launched = time.time()
-    # Fault files of this launch must be told from those of an earlier one that a restart has to read.
-    config = replace(config, launch=f"{int(launched * 1000):x}-{os.getpid()}")
-    run.write_config(config)
-
-    def progressed(tail: journal.Tail) -> None:
-        running = cases[tail.open_case] if tail.open_case is not None else None
-        on_progress(len(tail.ended), len(cases), running)
-
-    before = journal.read(run.journal)
-    if before.open_case is not None:
-        journal.Journal(run.journal).note(journal.INTERRUPTED)
-    if len(before.outcomes) < len(cases):
-        try:
-            launch.run_workers(run, config, progressed)
-        except launch.Interrupted:
-            log(f"stopped; go on with: attncheck scan --resume --run-dir {run.path}")
-            raise
-    progress = journal.read(run.journal)
+    progress = _run_cases(run, config, cases, log, on_progress)
+    outcomes = progress.outcomes
+    if config.notes.get("engine") == "both":
+        outcomes = _crosschecked(run, config, cases, outcomes, log, on_progress)
     ended = time.time()
     judged = time.perf_counter()
     notes = config.notes
     results = (
-        *(
-            CaseResult(case, progress.outcomes.get(index) or _not_run())
-            for index, case in enumerate(cases)
-        ),
+        *(CaseResult(case, outcomes.get(index) or _not_run()) for index, case in enumerate(cases)),
         *(_unloadable(config, sentence) for sentence in notes.get("probe_errors", ())),
         *(_uncalled(config, op) for op in inventory.uncalled(config.registered)),
         *(
@@ -241,6 +240,53 @@ def _run(
     return Report(_environment(config, progress, results, phases, ended), results, findings)
 
 
+def _run_cases(
+    run: RunDir, config: RunConfig, cases: Sequence[Case], log: Log, on_progress: Progress
+) -> journal.Progress:
+    """Run what the journal does not have yet: mesh after mesh, with workers of its own each."""
+
+    def progressed(tail: journal.Tail) -> None:
+        running = cases[tail.open_case] if tail.open_case is not None else None
+        on_progress(len(tail.ended), len(cases), running)
+
+    before = journal.read(run.journal)
+    if before.open_case is not None:
+        journal.Journal(run.journal).note(journal.INTERRUPTED)
+    for mesh in _meshes(case for i, case in enumerate(cases) if i not in before.outcomes):
+        # Fault files of this launch must be told from those of an earlier one that a restart has to read.
+        stamp = f"{int(time.time() * 1000):x}-{os.getpid()}"
+        config = replace(config, mesh=mesh, launch=stamp)
+        run.write_config(config)
+        try:
+            launch.run_workers(run, config, progressed)
+        except launch.Interrupted:
+            log(f"stopped; go on with: attncheck scan --resume --run-dir {run.path}")
+            raise
+    return journal.read(run.journal)
+
+
+def _crosschecked(
+    run: RunDir,
+    config: RunConfig,
+    cases: Sequence[Case],
+    outcomes: Mapping[int, Outcome],
+    log: Log,
+    on_progress: Progress,
+) -> Mapping[int, Outcome]:
+    """Run the same cases with simulated ranks, in a run folder of their own, and compare."""
+    second = RunDir(run.path / "simulated")
+    config = replace(config, engine="simulated", hash_seeds=config.hash_seeds[:1])
+    if not second.journal.exists():
+        second.write(config, cases)
+    progress = _run_cases(second, config, cases, log, on_progress)
+    return crosscheck.crosscheck(cases, outcomes, progress.outcomes)
+
+
+def _meshes(cases: Iterable[Case]) -> list[Mapping[str, int]]:
+    """The distinct meshes, in order: each gets its own workers."""
+    return list({tuple(case.mesh.items()): case.mesh for case in cases}.values())
+
+
 def _environment(
     config: RunConfig,
     progress: journal.Progress,
@@ -251,24 +297,40 @@ def _environment(
     peaks = [note["peak_rss_mib"] for note in progress.notes if note["key"] == "finished"]
     ups = sum(1 for note in progress.notes if note["key"] == "worker_up")
     notes = config.notes
+    meshes = [dict(mesh) for mesh in _meshes(r.case for r in results)]
     return {
         **environment.describe(config.path),
         "device": config.device,
-        "ranks": config.ranks,
-        "mesh": dict(config.mesh),
+        "ranks": max(math.prod(mesh.values()) for mesh in meshes),
+        "mesh": meshes[0] if len(meshes) == 1 else meshes,
         "level": notes.get("level", ""),
+        "engine": notes.get("engine", config.engine),
+        **_engine_notes(config, results),
         "seed": config.seed,
         "hash_seeds": list(config.hash_seeds),
         "case_timeout_seconds": config.case_timeout,
         "standins": sorted({s for r in results for s in r.outcome.standins}),
         "probe_errors": list(notes.get("probe_errors", ())),
-        "restarts": max(ups - 1, 0),
-        "peak_rss_mib": peaks[-1] if peaks else [],
+        "repeats": config.repeats,
+        "restarts": max(ups - len(meshes), 0),
+        "peak_rss_mib": max(peaks, key=max, default=[]),
         "wall_seconds": round(ended - notes.get("began", ended), 1),
         "phases": dict(phases),
         "command": notes.get("command", ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _engine_notes(config: RunConfig, results: Sequence[CaseResult]) -> dict[str, Any]:
+    """What a reader must know of a scan that simulated its ranks."""
+    engine = config.notes.get("engine")
+    if engine == "simulated":
+        return {"notes": [crosscheck.BLIND]}
+    if engine == "both":
+        planned = [r.outcome for r in results if r.case.setting_name != UNPLANNED]
+        counts = crosscheck.counts(planned)
+        return {"crosscheck": counts, "notes": [crosscheck.sentence(counts)]}
+    return {}
 
 
 def _phases(

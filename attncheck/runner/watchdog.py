@@ -5,7 +5,8 @@ to go on) when
   - the case has run longer than its deadline;
   - this rank waits in a collective that a peer will never join, because the peer has left the case;
     in the second call, which nothing watches from inside, it may also be computing: it gets longer;
-  - all ranks wait, unmoved, in different collectives.
+  - all ranks wait, unmoved, in different collectives;
+  - a peer's process has ended in the middle of the case, and torchrun took it for a success (exit code 0).
 A stuck process that holds the GIL is ended by faulthandler instead (see worker).
 """
 
@@ -19,11 +20,13 @@ import time
 import traceback
 from dataclasses import dataclass
 
-from attncheck.runner.observe import RankDoing, StateFile, read_state
+from attncheck.runner.observe import RankDoing, StateFile, is_gone, read_state
 from attncheck.runner.rundir import RunDir
 
 # How long a rank may stand still, by what it is doing, before its peers are looked at.
 GRACE_SECONDS = {"collective": 4.0, "again": 8.0}
+# How long a peer may be gone before this rank speaks: torchrun itself ends all of them for any other death.
+GONE_SECONDS = 2.0
 TICK_SECONDS = 0.5
 EXIT_STUCK = 75  # EX_TEMPFAIL: "try again", which is what torchrun does
 
@@ -59,6 +62,7 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         unmoved_since = time.monotonic()
         last: list[RankDoing] = []
+        gone_since: dict[int, float] = {}
         while True:
             time.sleep(TICK_SECONDS)
             if os.getppid() != self.parent:
@@ -70,8 +74,23 @@ class Watchdog(threading.Thread):
             if doing != last:
                 unmoved_since, last = now, doing
             why = self._judge(deadline, now, doing, now - unmoved_since)
+            gone_since = {r: gone_since.get(r, now) for r in self._gone(deadline, doing)}
+            gone = [r for r, since in gone_since.items() if now - since > GONE_SECONDS]
+            if gone:
+                why = "peer_gone"
             if why:
-                self._give_up(why, deadline, doing)
+                self._give_up(why, deadline, doing, gone)
+
+    def _gone(self, deadline: Deadline, doing: list[RankDoing]) -> list[int]:
+        """Peers that came to this case, have not finished it, and are no more."""
+        return [
+            rank
+            for rank, peer in enumerate(doing)
+            if rank != self.rank
+            and peer.case == deadline.case
+            and peer.doing != "done"
+            and is_gone(self.run_dir.state(rank))
+        ]
 
     def _judge(
         self, deadline: Deadline, now: float, doing: list[RankDoing], unmoved: float
@@ -91,13 +110,16 @@ class Watchdog(threading.Thread):
             return "mismatch"
         return None
 
-    def _give_up(self, why: str, deadline: Deadline, doing: list[RankDoing]) -> None:
+    def _give_up(
+        self, why: str, deadline: Deadline, doing: list[RankDoing], gone: list[int]
+    ) -> None:
         frame = sys._current_frames().get(self.main_thread or 0)
         stack = traceback.format_stack(frame)[-6:] if frame else []
         record = {
             "case": deadline.case,
             "why": why,
             "rank": self.rank,
+            "gone": gone,
             "seconds": round(time.monotonic() - deadline.began, 1),
             "ranks": [{"doing": d.doing, "op": d.op, "collectives": d.collectives} for d in doing],
             "stack": stack,

@@ -78,6 +78,30 @@ def loses_precision(q: Any, k: Any, v: Any) -> Any:
     return out * (1 + 6e-6) if sharded(q) else out
 
 
+def rounds_coarsely(q: Any, k: Any, v: Any) -> Any:
+    """As if the sum over keys were carried out in a coarser dtype: errors go up and down by the values."""
+    out = attend(q, k, v)
+    coarse = 4e-6 * out.detach().abs().max()
+    return (out / coarse).round() * coarse if sharded(q) else out
+
+
+def sums_in_any_order(q: Any, k: Any, v: Any) -> Any:
+    """A coarse sum over keys in another order with every call, as atomic additions make it."""
+    import torch
+
+    if not sharded(q):
+        return attend(q, k, v)
+    scores = torch.matmul(q, k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    p = torch.softmax(scores, dim=-1)
+    random = torch.Generator().manual_seed(time.perf_counter_ns())
+    total = torch.zeros_like(q)
+    for key in torch.randperm(k.shape[2], generator=random).tolist():
+        total = total + p[..., key, None] * v[..., None, key, :]
+        coarse = 2e-6 * v.abs().max()
+        total = (total / coarse).round() * coarse
+    return total
+
+
 def noise_by_rank(q: Any, k: Any, v: Any) -> Any:
     out = attend(q, k, v)
     return out.nextafter(out + 1) if rank() == 1 and _distributed() else out
@@ -231,6 +255,8 @@ KERNELS: dict[str, tuple[Kernel, Kernel]] = {
     "wrong_result": (scale_from_local_heads, gradients),
     "wrong_gradient": (attend, gradient_scaled_by_local_heads),
     "drift": (loses_precision, gradients),
+    "drift_by_rounding": (rounds_coarsely, gradients),
+    "drift_by_order": (sums_in_any_order, gradients),
     "replicas_differ": (noise_by_rank, gradients),
     "stale_second_call": (worse_on_second_call, gradients),
     "crash": (dies, gradients),
@@ -259,6 +285,8 @@ EXPECTED: dict[str, set[str]] = {
     "second_output_wrong": {"ATN201"},
     "second_output_right": set(),
     "drift": {"ATN203"},
+    "drift_by_rounding": {"ATN203"},
+    "drift_by_order": {"ATN203"},
     "replicas_differ": {"ATN204"},
     "dropout_same_mask": {"ATN205"},
     "dropout_wrong_rate": {"ATN205"},

@@ -26,12 +26,12 @@ def load_expected() -> dict[str, set[str]]:
 EXPECTED = load_expected()
 
 
-def run_scan(folder: Path, operators: list[str], direction: str) -> dict[str, Any]:
+def run_scan(folder: Path, operators: list[str], direction: str, *options: str) -> dict[str, Any]:
     output = folder / f"{direction}.json"
     command = [
         sys.executable, "-m", "attncheck", "scan", "--probe", str(PROBE_FILE), "--level", "quick",
         "--direction", direction, "--case-timeout", "15", "--seed", "5", "-q",
-        "--run-dir", str(folder / direction), "--output", f"json:{output}",
+        "--run-dir", str(folder / direction), "--output", f"json:{output}", *options,
     ]  # fmt: skip
     for name in operators:
         command += ["--operator", f"planted.{name}"]
@@ -107,5 +107,32 @@ def test_every_rule_is_planted() -> None:
     from attncheck import rules
 
     planted = set().union(*EXPECTED.values())
-    # ATN404 is about probe files, not cases that ran: tests/functional/test_cli.py plants it.
-    assert {r.id for r in rules.RULES} - planted == {"ATN404"}
+    # ATN404 is about probe files, not cases that ran: tests/functional/test_cli.py plants it. ATN506 needs
+    # two engines: tests/functional/test_engines.py.
+    assert {r.id for r in rules.RULES} - planted == {"ATN404", "ATN506"}
+
+
+NATURES = {
+    "healthy": "",
+    "drift": "systematic",
+    "drift_by_rounding": "rounding",
+    "drift_by_order": "order",
+    "wrong_result": "systematic",
+}
+
+
+def test_repeats_tell_rounding_from_the_order_of_a_reduction_from_a_bug(tmp_path: Path) -> None:
+    report = run_scan(tmp_path, list(NATURES), "forward", "--repeats", "6")
+    for case in report["cases"]:
+        spread = case["outcome"]["spread"]["out"]
+        name = case["operator"].removeprefix("planted.")
+        assert spread.get("nature", "") == NATURES[name], spread
+        assert spread["repeats"] == 6
+        assert spread["repeatable"] == (name != "drift_by_order")
+        assert (spread["beyond"] > 0) == (name != "healthy")
+    titles = [f["title"] for f in report["findings"] if f["rule"] == "ATN203"]
+    assert [t.partition("(")[2] for t in sorted(titles)] == [
+        "a bug, by 6 sets of values)",
+        "a reduction whose order changes, by 6 sets of values)",
+        "rounding, by 6 sets of values)",
+    ]

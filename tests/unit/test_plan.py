@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from attncheck import plugins
 from attncheck.errors import UserError
-from attncheck.plan import Selection, parse_mesh, placement_texts, plan
+from attncheck.plan import Selection, parse_mesh, placement_texts, plan, plan_meshes
 from attncheck.probing import OTHER, PATTERNS, Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +66,18 @@ def test_risky_cases_come_last() -> None:
     partial = min(i for id, i in where.items() if "sdpa/plain" in id and "/partial/" in id)
     safe = max(i for id, i in where.items() if "/plain/" in id and "/heads/" in id)
     assert safe < partial < empty_shard
+
+
+def test_several_meshes_one_after_the_other() -> None:
+    meshes = [{"tp": 3}, {"dp": 2, "tp": 2}]
+    selection = Selection(operators=("sdpa[MATH]",), settings=("plain",))
+    apart = [case for mesh in meshes for case in plan(PROBES, mesh, selection)]
+    assert plan_meshes(PROBES, meshes, selection) == tuple(apart)
+    # A placement of two axes is one that some mesh knows; the other has no case of it.
+    both = Selection(operators=("sdpa[MATH]",), placements=("batch,heads",))
+    assert {tuple(c.mesh) for c in plan_meshes(PROBES, meshes, both)} == {("dp", "tp")}
+    with pytest.raises(UserError, match="batch,heads"):
+        plan(PROBES, meshes[0], both)
 
 
 def test_the_same_mesh_twice_gives_the_same_order() -> None:

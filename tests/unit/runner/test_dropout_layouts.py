@@ -44,7 +44,8 @@ def test_the_gradient_of_v_must_have_the_mask_of_the_forward(other_mask: bool) -
     case = next(c for c in plan((PROBE,), {"tp": 2}, selection) if c.direction == "backward")
     prepared = Prepared(OPERATOR, SETTING, SPECS, WHOLES, {"out": out, "grad.v": dv})
     records = [RankRecord(rank, results=results, warm=results) for rank in range(2)]
-    found = judge.judge(case, prepared, records, {}, 1, (6, 7), ())
+    values = [judge.Values(1, prepared, {})]
+    found = judge.judge(case, values, records, (6, 7), ())
     if other_mask:
         assert found.status is Status.WRONG
         assert [(f.code, f.subject) for f in found.facts] == [("wrong_gradient", "grad.v")]

@@ -13,9 +13,9 @@ from attncheck.model import Case, Outcome, Reason, Status
 from attncheck.plan import Selection, plan
 from attncheck.runner import judge
 from attncheck.runner.case import Local, Prepared, RankRecord
+from attncheck.runner.drift import Expected
 from attncheck.runner.inputs import whole_tensors
 from attncheck.runner.observe import Trace
-from attncheck.runner.oracle import Expected
 
 PROBE = plugins.load_probe_file(Path(__file__).resolve().parents[3] / "probes" / "fallback.py")
 OPERATOR = PROBE.operators[0]
@@ -50,7 +50,7 @@ def record(rank: int, tensor: torch.Tensor = OUT, placement: str = "R") -> RankR
 def outcome(change: Callable[[list[RankRecord]], None]) -> Outcome:
     records = [record(0), record(1)]
     change(records)
-    return judge.judge(case(), prepared(), records, EXPECTED, 1, (6, 7), ())
+    return judge.judge(case(), [judge.Values(1, prepared(), EXPECTED)], records, (6, 7), ())
 
 
 def test_healthy() -> None:
@@ -178,3 +178,80 @@ def test_wrong_values_and_stale_second_calls() -> None:
     found = outcome(stale)
     assert found.status is Status.WRONG
     assert {f.code for f in found.facts} == {"second_call_differs"}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sizes", "differ"),
+    [
+        ((2, 2), (16, 16, 12, 12), False),  # two groups along the second axis, each in step
+        ((2, 2), (16, 12, 16, 12), False),  # along the first
+        ((2, 2), (16, 16, 16, 12), True),  # one rank of a group sends less than its peer
+        ((2, 2), (16, 12, 12, 16), True),
+        ((4,), (16, 16, 12, 12), True),
+        ((1, 4), (16, 16, 12, 12), True),
+    ],
+)
+def test_ranks_of_a_group_send_equally_much(
+    mesh: tuple[int, ...], sizes: tuple[int, ...], differ: bool
+) -> None:
+    records = [record(rank) for rank in range(4)]
+    for r, size in zip(records, sizes, strict=True):
+        r.trace.sequence = ["all_reduce:8", f"all_to_all:{size}"]
+    assert judge.collectives_differ(records, mesh) is differ
+
+
+def test_groups_on_different_paths_are_out_of_step() -> None:
+    records = [record(rank) for rank in range(4)]
+    for r, size in zip(records, (16, 16, 12, 12), strict=True):
+        r.trace.sequence = [f"all_to_all:{size}"]
+    records[2].trace.ops = {("aten.bmm.default", "forward", (("S(0)",),), (("R",),)): 1}
+    assert judge.collectives_differ(records, (2, 2))
+
+
+WHY = "a rank holds (6, 2, 18), but [S(2)] of (6, 4, 18) is (6, 4, 9)"
+
+
+def _illegal(records: list[RankRecord]) -> None:
+    for r in records:
+        r.trace.illegal = {
+            ("aten.first.default", "forward"): WHY,
+            ("aten.x.default", "forward"): "",
+        }
+
+
+def test_a_shape_that_contradicts_its_placement_is_wrong_though_nobody_returns_it() -> None:
+    found = outcome(_illegal)
+    assert found.status is Status.WRONG
+    assert found.kernel_op == "aten.first.default"
+    assert [(f.code, f.subject) for f in found.facts] == [("local_shape", "aten.first.default")]
+    assert not judge.wants_blame(found, dropout=False)  # it is known
+
+
+@pytest.mark.parametrize("raises", [(0, 1), (1,)])
+def test_what_raises_beyond_such_a_shape_is_not_what_is_at_fault(raises: tuple[int, ...]) -> None:
+    def fail(records: list[RankRecord]) -> None:
+        _illegal(records)
+        for rank in raises:
+            records[rank].exception = ("RuntimeError", "no such lse", "aten.later.default")
+
+    found = outcome(fail)
+    assert found.status is (Status.WRONG if raises == (0, 1) else Status.DIVERGED)
+    assert found.kernel_op == "aten.first.default"
+    assert WHY in found.message
+    assert "no such lse" in found.message
+
+
+def test_blame_replaces_the_op_or_says_that_none_is_at_fault() -> None:
+    def wrong(records: list[RankRecord]) -> None:
+        for r in records:
+            r.results = record(r.rank, OUT * 2).results
+
+    found = outcome(wrong)
+    assert judge.wants_blame(found, dropout=False)
+    assert not judge.wants_blame(found, dropout=True)
+    assert not judge.wants_blame(outcome(lambda records: None), dropout=False)
+    assert judge.blamed(found, "aten.bmm.default", True).kernel_op == "aten.bmm.default"
+    assert judge.blamed(found, "", False) == found
+    nobody = judge.blamed(found, "", True)
+    assert nobody.kernel_op == ""
+    assert "the fault lies around them" in nobody.message

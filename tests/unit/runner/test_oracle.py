@@ -1,62 +1,19 @@
-"""The oracle's boundaries: what is rounding, drift, wrong; dropout masks by their distribution."""
+"""The oracle: results of all ranks, replicas, placements; dropout masks by their distribution."""
 
 from __future__ import annotations
 
 import math
 
-import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from attncheck.runner.oracle import (
-    WRONG_FACTOR,
-    Expected,
-    RankResult,
-    classify,
-    error_stat,
-    judge_dropout,
-    judge_values,
-)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from attncheck.runner.drift import Expected
+from attncheck.runner.oracle import RankResult, judge_dropout, judge_values
 
 
 def reference(seed: int = 0) -> torch.Tensor:
     return torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@given(seed=st.integers(0, 2**20))
-def test_rounding_alone_is_ok(dtype: torch.dtype, seed: int) -> None:
-    want = reference(seed)
-    rounded = want.to(dtype)
-    stat = error_stat(rounded.to(torch.float64), Expected(want, rounded), dtype)
-    assert classify(stat, float(want.std())) == "ok"
-    assert stat.ratio <= 0.5
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("factor", "state"), [(0.9, "ok"), (2.0, "drift"), (WRONG_FACTOR * 1.5, "wrong")]
-)
-def test_boundaries(dtype: torch.dtype, factor: float, state: str) -> None:
-    want = reference()
-    exact = Expected(want, want)
-    bound = error_stat(want, exact, dtype).bound
-    value = want.clone()
-    value[1, 2, 3] += factor * bound
-    stat = error_stat(value, exact, dtype)
-    assert stat.ratio == pytest.approx(factor)
-    assert classify(stat, float(want.std())) == state
-    assert ("(1, 2, 3)" in stat.note) == (state != "ok")
-
-
-def test_a_small_error_everywhere_is_wrong_where_rounding_is_smaller_still() -> None:
-    want = reference()
-    rounded = want.to(torch.bfloat16)
-    stat = error_stat(want * 1.15, Expected(want, rounded), torch.bfloat16)
-    assert classify(stat, float(want.square().mean().sqrt())) == "wrong"
 
 
 def test_not_finite_is_wrong_and_named() -> None:
@@ -117,6 +74,7 @@ def test_honest_masks_pass(seed: int) -> None:
 
 
 @given(st.integers(0, 2**16))
+@example(6754)  # a mask that is far from its rate, drawn once and seen twice
 def test_shared_masks_and_wrong_rates_do_not(seed: int) -> None:
     part = mask_output(0.25, seed)
     facts = judge_dropout(torch.cat([part, part], 1), [part, part], sharded=True, rate=0.25)
@@ -134,3 +92,25 @@ def test_replicas_may_share_a_mask() -> None:
 def test_values_that_no_mask_gives() -> None:
     part = mask_output(0.25, 1) * 0.75
     assert "dropout_values" in {f.code for f in judge_dropout(part, [part], False, 0.25)}
+
+
+def test_errors_on_one_shard_name_its_rank_and_errors_at_a_border_say_so() -> None:
+    want = torch.randn(4, 12, 6, dtype=torch.float64).float().double()
+    expected = {"out": Expected(want, want.float())}
+
+    def facts(bad: torch.Tensor) -> dict[str, str]:
+        parts = [part.clone().float() for part in bad.split(6, dim=1)]
+        results = {"out": RankResult(parts, (4, 12, 6), ("S(1)",))}
+        return {f.code: f.detail for f in judge_values(results, expected, (2,)).facts}
+
+    on_one = want.clone()
+    on_one[:, 7:10] += 1
+    assert set(facts(on_one)) == {"wrong_result", "on_one_rank"}
+    assert "those of rank 1" in facts(on_one)["on_one_rank"]
+    at_border = want.clone()
+    at_border[:, 5:7] += 1
+    assert set(facts(at_border)) == {"wrong_result", "at_border"}
+    assert "48 elements" in facts(at_border)["at_border"]
+    assert "(17% of the tensor)" in facts(at_border)["at_border"]
+    everywhere = want + 1
+    assert set(facts(everywhere)) == {"wrong_result"}

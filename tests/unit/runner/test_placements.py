@@ -101,3 +101,13 @@ def test_two_axes_on_one_dim_split_left_to_right() -> None:
 def test_unknown_placement_is_refused() -> None:
     with pytest.raises(ValueError, match="P\\(max\\)"):
         assemble([torch.zeros(1)], (1,), ("P(max)",), (1,))
+
+
+def test_an_average_is_the_sum_over_the_number_of_its_parts() -> None:
+    parts = [torch.full((2, 3), value) for value in (1.0, 2.0, 6.0, 9.0)]
+    assembly = assemble(parts, (2, 3), ("P(avg)",), (4,))
+    assert assembly.whole is not None
+    assert torch.equal(assembly.whole, torch.full((2, 3), 4.5, dtype=torch.float64))
+    mixed = assemble(parts, (2, 3), ("P(avg)", "P(sum)"), (2, 2))
+    assert mixed.whole is not None
+    assert torch.equal(mixed.whole, torch.full((2, 3), 9.0, dtype=torch.float64))

@@ -80,6 +80,29 @@ def test_who_gave_up_and_why(run: RunDir, why: str, status: Status) -> None:
     assert not run.stuck.exists()
 
 
+def test_a_rank_that_left_with_exit_code_0_is_a_crash_in_what_it_was_doing(run: RunDir) -> None:
+    ranks = [
+        {"doing": "done", "op": "aten.view.default", "collectives": 1},
+        {"doing": "op", "op": "flash_attn.fwd.default", "collectives": 1},
+    ]
+    record = {"case": 4, "why": "peer_gone", "rank": 0, "gone": [1], "seconds": 5.0, "ranks": ranks}
+    run.stuck.write_text(json.dumps(record))
+    outcome = dead(run)
+    assert outcome.status is Status.CRASH
+    assert "rank 1 left in the middle of the case with exit code 0" in outcome.message
+    assert outcome.kernel_op == "flash_attn.fwd.default"
+
+
+def test_a_hang_names_what_the_rank_does_that_is_still_in_the_case(run: RunDir) -> None:
+    ranks = [
+        {"doing": "done", "op": "aten.view.default", "collectives": 1},
+        {"doing": "op", "op": "flash_attn.fwd.default", "collectives": 1},
+    ]
+    record = {"case": 4, "why": "deadline", "rank": 0, "seconds": 5.0, "ranks": ranks}
+    run.stuck.write_text(json.dumps(record))
+    assert dead(run).kernel_op == "flash_attn.fwd.default"
+
+
 def test_what_the_rank_that_left_had_raised(run: RunDir) -> None:
     ranks = [
         {
