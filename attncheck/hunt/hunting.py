@@ -436,7 +436,8 @@ def render(hunted: Hunted) -> str:
     if tally.spared:
         counts += f" {tally.spared} more were not run: like others that end the process."
     found = wording.count(len(hunted.finds), "distinct find")
-    lines = [counts, f"{found}, each seen again by a scan of its own."]
+    said = f"{found}, each seen again by a scan of its own." if hunted.finds else "Nothing found."
+    lines = [counts, said]
     for find in hunted.finds:
         lines += ["", *_find_lines(find)]
     if hunted.unconfirmed:

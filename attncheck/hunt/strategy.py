@@ -138,7 +138,7 @@ def sizes(draw: st.DrawFn, template: Setting) -> dict[str, int]:
         divisors = [n for n in range(out[HEADS], 0, -1) if out[HEADS] % n == 0]
         out[KV_HEADS] = draw(st.sampled_from(divisors))
     if {SEQUENCE, KV_SEQUENCE} <= out.keys():
-        # Attention to a single key has gradients of exactly zero: any rounding is infinitely larger.
+        # Attention to a single key is none: its weight is 1, and the gradients of q and k vanish.
         least = 2
         differ = draw(st.booleans())
         drawn = draw(st.integers(least, LARGEST[KV_SEQUENCE])) if differ else out[SEQUENCE]

@@ -522,7 +522,7 @@ def on_rank(value: Any, rank: int) -> Any:
 # Where PyTorch's simulation says itself that it cannot go on.
 _UNSIMULATED = re.compile(
     r"There was no rule registered for HOP \w+ and (?:mode|subclass) .*Local|LocalIntNode|LocalTensor"
-    r"|Cannot access data pointer of Tensor"
+    r"|ConstantIntNode|Cannot access data pointer of Tensor"
 )
 
 

@@ -49,10 +49,12 @@ def judge_values(
     results: Mapping[str, RankResult],
     expected: Mapping[str, Expected],
     mesh: Sequence[int],
+    summed: torch.dtype | None = None,
 ) -> Verdict:
     """Compare every result (`out`, `lse`, `grad.q` ...) with its reference. All tensors on the CPU.
 
-    A result is judged in the dtype in which the unsharded operator returns it.
+    A result is judged in the dtype in which the unsharded operator returns it, or in `summed`, where that is
+    coarser: the dtype of an argument that comes as a partial sum, which is carried out in it.
     """
     verdict = Verdict()
     gradients = [want for name, want in expected.items() if name.startswith("grad.")]
@@ -84,7 +86,8 @@ def judge_values(
         verdict.wholes[name] = assembly.whole
         layout = Layout(tuple(placements), tuple(mesh))
         of = among if kind == "gradient" else 0.0
-        stat = error_stat(assembly.whole, want, want.unsharded.dtype, layout, of)
+        dtype = _coarser(want.unsharded.dtype, summed)
+        stat = error_stat(assembly.whole, want, dtype, layout, of)
         verdict.errors[name] = stat
         if assembly.replica_gap > 0:
             detail = (
@@ -103,6 +106,10 @@ def judge_values(
             verdict.facts.append(Fact(f"{state}_{kind}", name, f"{detail}{stat.note}"))
             verdict.facts += diagnose(name, stat)
     return verdict
+
+
+def _coarser(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
+    return max(dtype, other or dtype, key=lambda one: torch.finfo(one).eps)
 
 
 def judge_dropout(

@@ -286,9 +286,9 @@ def finished_cases(folder: Path) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for workers in /proc")
 def test_ctrl_c_keeps_the_journal_and_resume_goes_on(tmp_path: Path) -> None:
     process = start(tmp_path, "--operator", "fallback.*", "--seed", "4", "-o", "json:r.json")
-    assert wait_until(lambda: finished_cases(tmp_path) >= 5, 60)
+    assert wait_until(lambda: finished_cases(tmp_path) >= 5, 180)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(60) == 130
     assert wait_until(lambda: not running_workers(tmp_path / "run"), 15)
     before = finished_cases(tmp_path)
     assert "--resume" in (tmp_path / "stderr.txt").read_text()
@@ -308,7 +308,7 @@ def test_ctrl_c_keeps_the_journal_and_resume_goes_on(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="relies on Linux's parent-death signal")
 def test_even_sigkill_leaves_no_orphans(tmp_path: Path) -> None:
     process = start(tmp_path, "--operator", "fallback.*")
-    assert wait_until(lambda: finished_cases(tmp_path) >= 2, 60)
+    assert wait_until(lambda: finished_cases(tmp_path) >= 2, 180)
     assert running_workers(tmp_path / "run")
     process.kill()
     process.wait(10)

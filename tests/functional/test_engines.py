@@ -160,6 +160,7 @@ def test_both_engines_agree_on_what_is_right_wrong_refused_and_costly(
     assert "wrong with processes, supported simulated" in outcomes[min(planted)]["message"]
 
 
+@pytest.mark.slow
 def test_64_ranks_in_one_process(tmp_path: Path, probe: str) -> None:
     report = scan(
         tmp_path, "--probe", probe, "--engine", "simulated", "--mesh", "64", "--mesh", "4x16",

@@ -61,6 +61,15 @@ def test_replicas_and_values_are_judged_apart() -> None:
     assert [f.code for f in verdict.facts] == ["replicas_differ"]
 
 
+def test_a_float32_result_of_a_sum_in_bfloat16_is_held_against_bfloat16() -> None:
+    want = reference().float().double()
+    expected = {"lse": Expected(want, want.float())}
+    rounded = want.bfloat16().float()  # as after a partial sum of bfloat16 keys
+    results = {"lse": RankResult([rounded, rounded], (4, 5, 6), ("R",))}
+    assert judge_values(results, expected, (2,), torch.bfloat16).facts == []
+    assert {f.code for f in judge_values(results, expected, (2,)).facts} == {"wrong_result"}
+
+
 def mask_output(rate: float, seed: int) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
     keep = torch.rand(3, 4, 18, 16, generator=random, dtype=torch.float64) >= rate
