@@ -121,7 +121,7 @@ def _part(name: str, mesh: str, at: int, seeds: int) -> Part | None:
 def twins(mesh: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """The healthy twins that say that they are right on this mesh, and the probe files they are in.
 
-    A planted bug names the mesh on which it shows; its twin is right there, and on as many ranks or fewer.
+    A planted bug names the mesh on which it shows; its twin is right there, and on fewer ranks of an axis.
     """
     files: dict[Path, None] = {}
     operators: dict[str, None] = {}
@@ -140,10 +140,13 @@ def twins(mesh: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     return tuple(files), tuple(operators)
 
 
-def _within(mesh: str, largest: str) -> bool:
-    """`mesh` has at most the axes and the ranks of `largest`."""
-    mine, other = ([int(n) for n in text.split("x")] for text in (mesh, largest))
-    return len(mine) <= len(other) and math.prod(mine) <= math.prod(other)
+def _within(mesh: str, named: str) -> bool:
+    """Whether what is right on the mesh `named` is right on `mesh`, by the sizes that it divides: the same
+    mesh, one axis that is no longer than its longest, or all of its ranks on one axis."""
+    mine, other = ([int(n) for n in text.split("x")] for text in (mesh, named))
+    if mine == other or len(mine) > 1:
+        return mine == other
+    return mine[0] <= max(other) or mine[0] == math.prod(other)
 
 
 def _expected(file: Path) -> Mapping[str, set[str]]:
