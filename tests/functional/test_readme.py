@@ -29,6 +29,7 @@ MAIN_JOB = INSTALLS[0].rpartition(".venv/bin/")[2]
 EXITS = {"scan": {0, 1}, "hunt": {0, 1}}
 # A hunt takes the minutes it is given; what it finds in fewer is not for a README to promise.
 SHORTER = {"hunt": ("--minutes", "0.6")}
+SLOW = ("attncheck hunt",)
 
 
 def run(line: str, folder: Path, *extra: str) -> subprocess.CompletedProcess[str]:
@@ -71,7 +72,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readme")
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize(
+    "line",
+    [pytest.param(c, marks=[pytest.mark.slow] if c.startswith(SLOW) else []) for c in COMMANDS],
+)
 def test_command(line: str, folder: Path) -> None:
     """In the order of the README: `report` reads what the scan before it wrote."""
     done = run(line, folder, *SHORTER.get(line.split()[1], ()))

@@ -42,7 +42,7 @@ def hunt(
 
 
 def test_finds_it_at_its_smallest_and_nothing_in_the_twin(tmp_path: Path) -> None:
-    done, report = hunt(tmp_path, ["scattered_keys", "nowhere"], 70)
+    done, report = hunt(tmp_path, ["scattered_keys", "nowhere"], 50)
     assert done.returncode == 1
     assert "1 distinct find," in done.stdout
     (case,) = report["cases"]  # and none of the healthy twin

@@ -15,26 +15,38 @@ from score import Score
 
 BY_FILE = catalogue.load()
 MUTANTS = {mutant.name: mutant for mutants in BY_FILE.values() for mutant in mutants}
+# What ends processes costs a start of the workers each: of these, test_planted.py has one for each rule, and
+# the others are slow.
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] if mutant.family == "process" else [])
+    for name, mutant in MUTANTS.items()
+]
 
 
 @pytest.fixture(scope="module")
-def score(tmp_path_factory: pytest.TempPathFactory) -> Score:
-    return scoring.measure(BY_FILE, tmp_path_factory.mktemp("mutants"))
+def score(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Score:
+    """The score of the mutants that this run asks about."""
+    here = [item for item in request.session.items if item.path == Path(__file__)]
+    asked = {item.callspec.params["name"] for item in here if hasattr(item, "callspec")}
+    chosen = {f: [m for m in mutants if m.name in asked] for f, mutants in BY_FILE.items()}
+    return scoring.measure(chosen, tmp_path_factory.mktemp("mutants"))
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_found_by_its_rules_and_no_other_and_names_the_op(score: Score, name: str) -> None:
     verdict = next(v for v in score.verdicts if v.mutant.name == name)
     assert not verdict.missed, verdict.missed
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_twin_is_silent(score: Score, name: str) -> None:
     verdict = next(v for v in score.verdicts if v.mutant.name == name)
     assert not verdict.alarm, verdict.alarm
 
 
-def test_readme_shows_what_was_measured(score: Score) -> None:
+@pytest.mark.slow
+def test_readme_shows_what_was_measured(tmp_path: Path) -> None:
+    score = scoring.measure(BY_FILE, tmp_path)
     shown = scoring.block(scoring.README.read_text(encoding="utf-8"))
     if shown is None:
         pytest.skip(f"the README has no {scoring.BEGIN} yet")

@@ -38,7 +38,9 @@ def measured(operator: Operator, setting: Setting) -> Any:
         return {"out": [float(len(facts)), 0.0], "grad.v": [0.0, 0.0]}
     reference = case.run_reference(prepared, 0)
     results = set(prepared.unsharded)
-    written = {spec.name for spec in prepared.specs if spec.mutable}  # a reference may leave them alone
+    written = {
+        spec.name for spec in prepared.specs if spec.mutable
+    }  # a reference may leave them alone
     assert results - written <= set(reference) <= results
     errors = {}
     for name, exact in reference.items():

@@ -42,9 +42,11 @@ def assert_agrees(
     dout = leaves(1, tuple(got[0].shape))[0]
     grads = torch.autograd.grad(got[0], singles, dout)
     expected = torch.autograd.grad(want[0], doubles, dout.double())
+    # With one key the gradients of q and k are differences of equal numbers, as large as the others.
+    atol = 1e-5 * max(1.0, *(float(b.abs().max()) for b in expected))
     for a, b in zip((*got, *grads), (*want, *expected), strict=True):
         assert a.dtype == torch.float32
-        torch.testing.assert_close(a.double(), b, **TOLERANCE)
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=atol)
 
 
 OPTIONS = st.fixed_dictionaries(
