@@ -254,27 +254,38 @@ def _log(message: str) -> None:
 @contextlib.contextmanager
 def _progress(quiet: bool) -> Any:
     """A counter on the terminal; silent in files and pipes."""
-    shown = sys.stderr.isatty() and not quiet
-    began = time.time()
+    with _progress_line(quiet) as told:
 
-    def show(done: int, total: int, case: Case | None) -> None:
-        if shown:
+        def show(done: int, total: int, case: Case | None) -> None:
             what = (
                 f"{case.operator} {case.setting_name} {case.placement} {case.direction}"
                 if case
                 else ""
             )
-            line = f"[{done}/{total}] {time.time() - began:.0f} s  {what}"
-            width = shutil.get_terminal_size().columns - 1
-            click.echo(f"\r{line[:width]:<{width}}", nl=False, err=True)
+            told(what, f"[{done}/{total}] ")
+
+        yield show
+
+
+@contextlib.contextmanager
+def _progress_line(quiet: bool) -> Any:
+    """One line on the terminal, rewritten, with the seconds so far; silent in files and pipes."""
+    shown = sys.stderr.isatty() and not quiet
+    began = time.time()
+
+    def put(line: str, after: str = "") -> None:
+        width = shutil.get_terminal_size().columns - 1
+        click.echo(f"\r{line[:width]:<{width}}{after}", nl=False, err=True)
+
+    def told(text: str, before: str = "") -> None:
+        if shown:
+            put(f"{before}{time.time() - began:.0f} s  {text}")
 
     try:
-        yield show
+        yield told
     finally:
         if shown:
-            click.echo(
-                "\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", nl=False, err=True
-            )
+            put("", after="\r")
 
 
 def exit_code(report: Report, fail_on: str) -> int:
@@ -371,25 +382,6 @@ def hunt(ctx: click.Context, /, **given: Any) -> None:
         return hunted.report
 
     ctx.exit(exit_code(_guarded(run, given["verbose"], ctx), given["fail_on"]))
-
-
-@contextlib.contextmanager
-def _progress_line(quiet: bool) -> Any:
-    """One line on the terminal, rewritten; silent in files and pipes."""
-    shown = sys.stderr.isatty() and not quiet
-    width = shutil.get_terminal_size().columns - 1
-    began = time.time()
-
-    def told(text: str) -> None:
-        if shown:
-            line = f"{time.time() - began:.0f} s  {text}"
-            click.echo(f"\r{line[:width]:<{width}}", nl=False, err=True)
-
-    try:
-        yield told
-    finally:
-        if shown:
-            click.echo("\r" + " " * width + "\r", nl=False, err=True)
 
 
 # --- reports -------------------------------------------------------------------------------------

@@ -261,6 +261,10 @@ class Spread:
     nature: str = ""
 
 
+# Codes of facts that say where errors lie, or who is not to blame: beside a verdict, and changing none.
+DIAGNOSES = ("at_border", "on_one_rank", "order_dependent", "around_the_ops")
+
+
 @dataclass(frozen=True)
 class Fact:
     """Something the oracle saw that is not a number: `code` is stable, `subject` names the tensor.

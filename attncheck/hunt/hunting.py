@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import math
 import secrets
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +18,12 @@ from attncheck.hunt import finds, regression
 from attncheck.hunt.finds import Find, Tally
 from attncheck.hunt.search import Over, Search
 from attncheck.hunt.servers import Groups
-from attncheck.hunt.strategy import NAME, Space, templates
-from attncheck.model import Case, CaseResult, Outcome, Report, case_id, load_report
+from attncheck.hunt.strategy import NAME, Space, asking, templates
+from attncheck.model import CaseResult, Outcome, Report, load_report
 from attncheck.plan import Selection, matches, placement_texts
 from attncheck.probing import Operator, Setting
 from attncheck.rules import wording
+from attncheck.runner import launch
 from attncheck.runner import scan as scanning
 from attncheck.runner.launch import Interrupted
 from attncheck.runner.rundir import Asked, RunConfig
@@ -155,7 +153,7 @@ def hunt(request: HuntRequest, log: Log, told: Log) -> Hunted:
     absent: dict[str, str] = {}
     stopped = False
     try:
-        with _terminable():
+        with launch.terminable():
             usable = list(_usable(loaded, groups, absent, log, clock))
             if usable:
                 space = Space(
@@ -259,32 +257,7 @@ def _plainest(probe: str, operator: Operator) -> Asked:
     placements = {
         t.name: placement_texts(t, ("replicate",), first=False) for t in operator.tensors(setting)
     }
-    case = Case(
-        id=case_id(probe, operator.name, NAME, "dtensor", mesh, "replicate", "forward"),
-        probe=probe,
-        operator=operator.name,
-        route="dtensor",
-        setting=setting.to_dict(),
-        mesh=dict(mesh),
-        placement="replicate",
-        placements=placements,
-        direction="forward",
-    )
-    return Asked(case, setting)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a hunt as Ctrl-C does: what was found is kept, the workers are ended."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return asking(probe, operator, setting, mesh, "replicate", placements, "forward")
 
 
 class _Hunter:
@@ -381,7 +354,6 @@ class _Hunter:
     def report(self, tally: Tally, seconds: float) -> Report:
         """The confirmed cases as any scan's; its environment says that they were hunted."""
         results = tuple(f.confirmed for f in self.finds if f.confirmed is not None)
-        meshes = list({tuple(r.case.mesh.items()): dict(r.case.mesh) for r in results}.values())
         described = dict(self.environment) or environment.describe(self.path)
         described |= {
             "seed": self.seed,
@@ -399,9 +371,8 @@ class _Hunter:
         }
         described.pop("phases", None)
         described.pop("restarts", None)
-        if meshes:
-            described["ranks"] = max(math.prod(mesh.values()) for mesh in meshes)
-            described["mesh"] = meshes[0] if len(meshes) == 1 else meshes
+        if results:
+            described |= scanning.describe_meshes(result.case for result in results)
         return Report(described, results, rules.judge(results))
 
 

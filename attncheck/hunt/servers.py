@@ -18,15 +18,13 @@ from pathlib import Path
 from attncheck.errors import UserError
 from attncheck.hunt import finds
 from attncheck.model import Outcome, Reason, from_json
-from attncheck.runner import launch
+from attncheck.runner import growing, launch
 from attncheck.runner.rundir import Asked, Queue, RunConfig, RunDir
 
 # All groups together; an idle rank costs memory alone (some 200 MiB of it, half of them shared).
 MAX_PROCESSES = 16
 # More ranks than this are only simulated.
 MAX_RANKS = 4
-POLL_SECONDS = (0.001, 0.02)
-QUICK_POLLS = 200
 # Between two looks at whether the workers still live.
 LOOK_SECONDS = 0.5
 
@@ -49,7 +47,7 @@ class Group:
         self.config = config
         self.checkpoint = checkpoint
         self.asked = 0
-        self._offset = 0
+        self._journal = growing.Growing(self.run_dir.journal)
         self._ended: dict[int, Outcome] = {}
         self.process = launch.start(self.run_dir, config)
 
@@ -60,7 +58,7 @@ class Group:
         self.queue.ask(asked)
         attempts, looked, polls = launch.attempts(self.run_dir), time.monotonic(), 0
         while index not in self._ended:
-            time.sleep(POLL_SECONDS[polls > QUICK_POLLS])
+            growing.pause(polls)
             polls += 1
             self._read()
             if time.monotonic() - looked < LOOK_SECONDS:
@@ -73,14 +71,7 @@ class Group:
         return self._ended.pop(index)
 
     def _read(self) -> None:
-        if not self.run_dir.journal.exists():
-            return
-        with self.run_dir.journal.open("rb") as journal:
-            journal.seek(self._offset)
-            added = journal.read()
-        whole = added[: added.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
+        for line in self._journal.added():
             event = json.loads(line)
             if event["event"] == "end":
                 self._ended[event["index"]] = from_json(Outcome, event["outcome"], "journal")

@@ -84,6 +84,19 @@ def asked(draw: st.DrawFn, space: Space) -> Asked:
     if name == EXPLICIT:
         given = {k: texts for k, texts in placements.items() if texts != ("plain",)}
         setting = replace(setting, explicit=given)
+    return asking(probe, operator, setting, mesh, name, placements, direction)
+
+
+def asking(
+    probe: str,
+    operator: Operator,
+    setting: Setting,
+    mesh: Mapping[str, int],
+    name: str,
+    placements: Mapping[str, tuple[str, ...]],
+    direction: str,
+) -> Asked:
+    """The case of an operator in a setting of a hunt's own; `name` is that of its placements."""
     case = Case(
         id=case_id(probe, operator.name, NAME, "dtensor", mesh, name, direction),
         probe=probe,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from attncheck.model import CaseResult, ErrorStat, Fact, Remedy, Spread
+from attncheck.model import DIAGNOSES, CaseResult, ErrorStat, Fact, Remedy, Spread
 from attncheck.rules.base import (
     Group,
     extent,
@@ -94,14 +94,12 @@ def _sentences(worst: _Worst) -> Iterator[str]:
             f"{stat.size_bias:+.0%} away from zero (rounding: about 0)."
         )
     for fact in worst.result.outcome.facts:
-        if fact.code in _DIAGNOSES and fact.subject in (tensor, ""):
+        if fact.code in DIAGNOSES and fact.subject in (tensor, ""):
             yield f"There {fact.detail}."
     if worst.spread is not None:
         yield _spread_sentence(worst.spread)
 
 
-# Facts beside the numbers that say where the errors lie, or who is not to blame.
-_DIAGNOSES = ("at_border", "on_one_rank", "order_dependent", "around_the_ops")
 _NATURES = {
     "rounding": "that is rounding: its direction and its place change with the values",
     "order": "that is a reduction whose order changes: the same values give other bits in another call",

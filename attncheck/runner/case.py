@@ -61,12 +61,9 @@ class RankRecord:
     trace: Trace = field(default_factory=Trace)
     results: dict[str, Local] = field(default_factory=dict)
     warm: dict[str, Local] | None = None
-    repeats: list[dict[str, Local]] = field(
-        default_factory=list
-    )  # with other values, in their order
-    unrepeatable: tuple[
-        str, ...
-    ] = ()  # results whose bits changed from call to call on the same values
+    # Results with other values, in their order; and those whose bits changed on the same values.
+    repeats: list[dict[str, Local]] = field(default_factory=list)
+    unrepeatable: tuple[str, ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_mib: float = 0.0
@@ -445,7 +442,7 @@ def _repeat(
         try:
             with _around(prepared.operator):
                 made.append(run_once(prepared, case, mesh, device, seed, None))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # as in the calls before
             kind, text, op = _describe(error, record.trace.last_op)
             record.exception = (kind, f"with the values of seed {seed}: {text}", op)
             return

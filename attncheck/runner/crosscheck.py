@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from attncheck.model import ENGINES_DISAGREE, Case, Fact, Outcome, Reason, Status
+from attncheck.model import DIAGNOSES, ENGINES_DISAGREE, Case, Fact, Outcome, Reason, Status
 
 ENGINES = ("processes", "simulated", "both")
 
@@ -24,7 +24,7 @@ BLIND = (
 )
 
 # Facts that say where or how often, or speak of the process: they may differ between equal verdicts.
-_NO_VERDICTS = ("at_border", "on_one_rank", "order_dependent", "around_the_ops", "process_changed")
+_NO_VERDICTS = (*DIAGNOSES, "process_changed")
 
 # Only real ranks can part, wait for each other or be killed by each other.
 _NEEDS_PROCESSES = (Status.HANG, Status.CRASH, Status.DIVERGED)

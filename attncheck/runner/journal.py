@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from attncheck.model import Outcome, from_json, to_json
+from attncheck.runner.growing import Growing
 
 # The note that the run was stopped from outside: the case it was at did not die, and is run again.
 INTERRUPTED = "interrupted"
@@ -77,27 +78,20 @@ class Tail:
     """Follows a journal that is being written, without building outcomes: cheap enough to poll."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
+        self._file = Growing(path)
         self.ended: set[int] = set()
         self.open_case: int | None = None
 
     def update(self) -> bool:
         """Take in what was added; whether there was anything."""
-        if not self._path.exists():
-            return False
-        with self._path.open("rb") as journal:
-            journal.seek(self._offset)
-            added = journal.read()
-        whole = added[: added.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
+        lines = self._file.added()
+        for line in lines:
             event = json.loads(line)
             if event["event"] == "start":
                 self.open_case = event["index"]
             elif event["event"] == "end":
                 self.ended.add(event["index"])
-        return bool(whole)
+        return bool(lines)
 
 
 def read(path: Path) -> Progress:

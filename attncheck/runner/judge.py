@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from attncheck.model import (
+    DIAGNOSES,
     Case,
     Collective,
     Fact,
@@ -45,8 +46,6 @@ _WRONG = {
     "dropout_values",
     "dropout_shared",
 }
-# Facts that say where the errors lie, and change no status.
-DIAGNOSES = {"at_border", "on_one_rank", "order_dependent", "around_the_ops"}
 # Addresses, counters and rank numbers differ between ranks without meaning anything.
 _NOISE = re.compile(r"0x[0-9a-f]+|\d+")
 

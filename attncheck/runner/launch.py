@@ -101,6 +101,18 @@ def _watch(
 @contextlib.contextmanager
 def _ended_with(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """However the block is left, torchrun and its workers are gone afterwards."""
+    try:
+        with terminable():
+            yield
+    except KeyboardInterrupt:
+        raise Interrupted from None
+    finally:
+        end(process)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """In here SIGTERM is what Ctrl-C is: KeyboardInterrupt."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -108,11 +120,8 @@ def _ended_with(process: subprocess.Popen[bytes]) -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted from None
     finally:
         signal.signal(signal.SIGTERM, previous)
-        end(process)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

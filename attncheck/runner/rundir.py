@@ -22,6 +22,7 @@ from typing import Any
 from attncheck.inventory import RegisteredOp
 from attncheck.model import Case, from_json, to_json
 from attncheck.probing import Setting
+from attncheck.runner.growing import Growing
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Queue:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._file = Growing(path)
         self._lines: list[str] = []
-        self._offset = 0
 
     def ask(self, asked: Asked | None) -> None:
         with self._path.open("a", encoding="utf-8") as queue:
@@ -82,13 +83,8 @@ class Queue:
 
     def line(self, index: int) -> str | None:
         """The line of this index, or None where it is not there yet."""
-        if index >= len(self._lines) and self._path.exists():
-            with self._path.open("rb") as queue:
-                queue.seek(self._offset)
-                added = queue.read()
-            whole = added[: added.rfind(b"\n") + 1]
-            self._offset += len(whole)
-            self._lines += whole.decode().splitlines()
+        if index >= len(self._lines):
+            self._lines += [line.decode() for line in self._file.added()]
         return self._lines[index] if index < len(self._lines) else None
 
 

@@ -287,6 +287,15 @@ def _meshes(cases: Iterable[Case]) -> list[Mapping[str, int]]:
     return list({tuple(case.mesh.items()): case.mesh for case in cases}.values())
 
 
+def describe_meshes(cases: Iterable[Case]) -> dict[str, Any]:
+    """What a report says of the meshes of its cases (at least one): the most ranks, the mesh or the list."""
+    meshes = [dict(mesh) for mesh in _meshes(cases)]
+    return {
+        "ranks": max(math.prod(mesh.values()) for mesh in meshes),
+        "mesh": meshes[0] if len(meshes) == 1 else meshes,
+    }
+
+
 def _environment(
     config: RunConfig,
     progress: journal.Progress,
@@ -297,12 +306,11 @@ def _environment(
     peaks = [note["peak_rss_mib"] for note in progress.notes if note["key"] == "finished"]
     ups = sum(1 for note in progress.notes if note["key"] == "worker_up")
     notes = config.notes
-    meshes = [dict(mesh) for mesh in _meshes(r.case for r in results)]
+    launched = len(_meshes(r.case for r in results))
     return {
         **environment.describe(config.path),
         "device": config.device,
-        "ranks": max(math.prod(mesh.values()) for mesh in meshes),
-        "mesh": meshes[0] if len(meshes) == 1 else meshes,
+        **describe_meshes(r.case for r in results),
         "level": notes.get("level", ""),
         "engine": notes.get("engine", config.engine),
         **_engine_notes(config, results),
@@ -312,7 +320,7 @@ def _environment(
         "standins": sorted({s for r in results for s in r.outcome.standins}),
         "probe_errors": list(notes.get("probe_errors", ())),
         "repeats": config.repeats,
-        "restarts": max(ups - len(meshes), 0),
+        "restarts": max(ups - launched, 0),
         "peak_rss_mib": max(peaks, key=max, default=[]),
         "wall_seconds": round(ended - notes.get("began", ended), 1),
         "phases": dict(phases),

@@ -11,20 +11,17 @@ import datetime
 import faulthandler
 import gc
 import json
-import time
 from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
 from attncheck.model import from_json
+from attncheck.runner import growing
 from attncheck.runner.rundir import Asked
 from attncheck.runner.simulate import Simulated
 from attncheck.runner.worker import Worker
 
-# The parent answers in milliseconds or has other meshes to look at: poll often at first, then seldom.
-POLL_SECONDS = (0.001, 0.02)
-QUICK_POLLS = 200
 # Watchdog and torchrun end a server that nobody needs any more; the store only has to wait that long.
 IDLE = datetime.timedelta(days=7)
 
@@ -73,6 +70,6 @@ class Server(Worker):
     def _read(self, index: int) -> str:
         polls = 0
         while (line := self.queue.line(index)) is None:
-            time.sleep(POLL_SECONDS[polls > QUICK_POLLS])
+            growing.pause(polls)
             polls += 1
         return line
