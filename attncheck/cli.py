@@ -96,6 +96,13 @@ def _many(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
     metavar="MODULE",
     help="Import it, and scan the attention ops that it registers. Its code is run.",
 )
+@_many(
+    "--fix",
+    "fixes",
+    metavar="FILE",
+    help="Register the strategies of this file, written by attncheck fix, before the first case; `known` "
+    "stands for all that attncheck knows. Its code is run.",
+)
 @click.option(
     "--seed", type=int, help="Seed of all values (default: fresh; the report records it)."
 )
@@ -158,7 +165,8 @@ def _scan(options: dict[str, Any]) -> Report:
     with _progress(options["quiet"]) as show:
         if options["resume"]:
             return runner.resume(options["run-dir"], _log, show)
-        for code in (*options["probes"], *options["imports"]):
+        fixes = _fix_files(options["fixes"])
+        for code in (*options["probes"], *options["imports"], *fixes):
             _log(f"running the code of {code}")
         request = runner.ScanRequest(
             selection=Selection(
@@ -185,8 +193,23 @@ def _scan(options: dict[str, Any]) -> Report:
             ignore_rules=options["ignore"],
             run_dir=options["run-dir"],
             command="attncheck " + " ".join(sys.argv[1:]),
+            fixes=fixes,
         )
         return runner.scan(request, _log, show)
+
+
+def _fix_files(names: Sequence[str]) -> tuple[str, ...]:
+    """Paths of fix files; `known` is written to the cache, as what attncheck knows today."""
+    from attncheck.provision import cache_root
+
+    def path(name: str) -> str:
+        if name != "known":
+            return name
+        from attncheck.fixes import emit
+
+        return str(emit.write_known(cache_root()))
+
+    return tuple(path(name) for name in names)
 
 
 def _meshes(

@@ -14,8 +14,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# Key -> kind: the options of `attncheck scan` under the same names; `probes` and `imports` hold what
-# `--probe` and `--import` give one by one.
+# Key -> kind: the options of `attncheck scan` under the same names; `probes`, `imports` and `fixes`
+# hold what `--probe`, `--import` and `--fix` give one by one.
 KEYS: Mapping[str, type] = {
     "level": str,
     "ranks": int,
@@ -33,6 +33,7 @@ KEYS: Mapping[str, type] = {
     "with": list,
     "probes": list,
     "imports": list,
+    "fixes": list,
     "case-timeout": float,
     "fail-on": str,
 }
@@ -62,8 +63,9 @@ def parse(file: Path) -> dict[str, Any]:
         if key not in KEYS:
             raise unknown(f"key in [tool.attncheck] of {file}:", key, KEYS)
         out[key] = _checked(file, key, value)
-    if "probes" in out:  # a path in a file is meant from that file, wherever the command is run
-        out["probes"] = tuple(str(file.parent / path) for path in out["probes"])
+    for key in out.keys() & {"probes", "fixes"}:
+        # A path in a file is meant from that file, wherever the command is run.
+        out[key] = tuple(str(file.parent / p) if p != "known" else p for p in out[key])
     return out
 
 

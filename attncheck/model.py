@@ -329,10 +329,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """A case and what came of it: one entry of the report's `cases`."""
+    """A case and what came of it: one entry of the report's `cases`.
+
+    `before`: where a fix was verified, the status without it; None where that is not known.
+    """
 
     case: Case
     outcome: Outcome
+    before: Status | None = None
 
 
 @dataclass(frozen=True)
@@ -391,7 +395,8 @@ def to_json(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, CaseResult):
-        return {**to_json(value.case), "outcome": to_json(value.outcome)}
+        entry = {**to_json(value.case), "outcome": to_json(value.outcome)}
+        return entry if value.before is None else {**entry, "before": to_json(value.before)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         out = {}
         for f in dataclasses.fields(value):
@@ -453,9 +458,12 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if kind is CaseResult:
         if not isinstance(value, dict):
             raise UserError(f"{where}: expected an object, found {_short(value)}.")
-        rest = {k: v for k, v in value.items() if k != "outcome"}
+        rest = {k: v for k, v in value.items() if k not in ("outcome", "before")}
+        before = value.get("before")
         return CaseResult(
-            _decode(Case, rest, where), _decode(Outcome, value.get("outcome"), f"{where}.outcome")
+            _decode(Case, rest, where),
+            _decode(Outcome, value.get("outcome"), f"{where}.outcome"),
+            None if before is None else _decode(Status, before, f"{where}.before"),
         )
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, value, where)

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import re
 import sys
 import types
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from attncheck.inventory import RegisteredOp
     from attncheck.model import Report
 
-Shelf = Literal["probes", "reports"]
+Shelf = Literal["probes", "reports", "fixes"]
 
 # Plug-ins are registered in `sys.modules` below this name, so that a json.py shadows nothing.
 # Registered they must be: a frozen dataclass looks up its own module while it is defined.
@@ -193,6 +194,24 @@ def _refuse_duplicates(probe: Probe, path: Path, loaded: dict[Path, Probe]) -> N
             )
 
 
+# --- fixes ---------------------------------------------------------------------------------------
+
+
+def register_fix(path: Path) -> dict[str, str]:
+    """Run a file that `attncheck fix` wrote (or one's own with a `register()`), and register what it has.
+
+    Returns what became of each op. Ops of packages that are not here are passed over. Raises UserError where
+    the file does not load or defines no `register`, and what its `register()` raises.
+    """
+    module = _load(path, "fixes")
+    register = getattr(module, "register", None)
+    if not callable(register):
+        raise UserError(f"Fix file {path} defines no register(); expected one that attncheck wrote.")
+    takes = inspect.signature(register).parameters
+    became = register(required=False) if "required" in takes else register()
+    return dict(became) if isinstance(became, dict) else {}
+
+
 # --- formats -------------------------------------------------------------------------------------
 
 
@@ -263,7 +282,7 @@ def _load(path: Path, shelf: Shelf) -> types.ModuleType:
     name = _module_name(path, shelf)
     if name in sys.modules:
         return sys.modules[name]
-    kind = {"probes": "Probe", "reports": "Format"}[shelf]
+    kind = {"probes": "Probe", "reports": "Format", "fixes": "Fix"}[shelf]
     if not path.is_file():
         raise UserError(f"{kind} file {path} does not exist.")
     spec = importlib.util.spec_from_file_location(name, path)

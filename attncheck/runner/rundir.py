@@ -33,7 +33,8 @@ class RunConfig:
     PYTHONHASHSEED a rank (of the largest mesh); `case_timeout` is in seconds; `launch` names this start
     of the workers; `environment` is added to
     theirs; `notes` is what the parent wants to remember when it resumes; `serve`: the workers wait for
-    cases in the queue."""
+    cases in the queue; `fixes`: files whose `register()` is called before case `fix_from`; `settings`:
+    further ones by operator, beside those it has."""
 
     seed: int
     mesh: Mapping[str, int]
@@ -50,6 +51,9 @@ class RunConfig:
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     serve: bool = False
+    fixes: tuple[str, ...] = ()
+    fix_from: int = 0
+    settings: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)
 
     @property
     def ranks(self) -> int:

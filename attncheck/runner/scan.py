@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from attncheck.model import (
     to_json,
 )
 from attncheck.plan import Selection, plan_meshes
-from attncheck.probing import Probe
+from attncheck.probing import Probe, Setting
 from attncheck.runner import crosscheck, journal, launch
 from attncheck.runner.rundir import RunConfig, RunDir
 
@@ -49,7 +49,9 @@ class ScanRequest:
     """What to scan and how. `meshes`: the cases are run on each; `repeats`: with how many sets of values;
     `engine`: `processes`, `simulated`, or `both` to hold one against the other;
     `with_packages`: requirements to provision; `case_timeout`: seconds or None for the level's own;
-    `run_dir`: None for a folder in the user's cache."""
+    `run_dir`: None for a folder in the user's cache; `fixes`: files to register strategies from before the
+    first case or, where `both_ways`, after all of them were run without, and before they are run again
+    in the reverse order; `settings`: further ones by operator."""
 
     selection: Selection = field(default_factory=Selection)
     meshes: tuple[Mapping[str, int], ...] = ({"tp": 2},)
@@ -66,6 +68,9 @@ class ScanRequest:
     ignore_rules: tuple[str, ...] = ()
     run_dir: Path | None = None
     command: str = ""
+    fixes: tuple[str, ...] = ()
+    both_ways: bool = False
+    settings: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)
 
 
 Log = Callable[[str], None]
@@ -78,6 +83,9 @@ def _check_request(request: ScanRequest) -> None:
     for file in request.probe_files:
         if not Path(file).exists():
             raise UserError(f"Probe file {file} does not exist.")
+    for file in request.fixes:
+        if not Path(file).is_file():
+            raise UserError(f"Fix file {file} does not exist; expected one that attncheck fix wrote.")
     if request.device == "cuda" and environment.gpu() == "none":
         raise UserError("--device cuda: this machine has no NVIDIA driver; use --device cpu.")
     if request.engine not in crosscheck.ENGINES:
@@ -110,7 +118,12 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     phases = {"provision": round(time.time() - provisioned, 2)}
     found = _look(shelf.probes, imports, request, path)
     probes = [plugins.with_discovered(p, found.ops) for p in shelf.probes]
+    probes = [_with_settings(p, request.settings) for p in probes]
     cases = plan_meshes(probes, request.meshes, request.selection, _beside_names(found))
+    planned = len(cases)
+    if request.both_ways:
+        # Another order than before: what was propagated for one setting is there when the next comes.
+        cases = (*cases, *reversed(cases))
     timeout = request.case_timeout or CASE_TIMEOUT[request.selection.level]
     ranks = max(math.prod(mesh.values()) for mesh in request.meshes)
     simulated = request.engine == "simulated"
@@ -126,12 +139,16 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
         path=tuple(path),
         imports=tuple(m for m in imports if m not in {p.module for p in found.problems}),
         registered=found.ops,
+        fixes=tuple(str(Path(file).resolve()) for file in request.fixes),
+        fix_from=planned if request.both_ways else 0,
+        settings=request.settings,
         notes={
             "began": began,
             "phases": phases,
             "level": request.selection.level,
             "engine": request.engine,
             "command": request.command,
+            "with": list(request.with_packages),
             "probe_errors": [sentence for _, sentence in shelf.errors],
             "problems": to_json(found.problems),
             "select": list(request.select_rules),
@@ -149,6 +166,13 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     except OSError as error:
         raise UserError(f"Cannot write the run folder {run.path}: {error.strerror}.") from None
     return _run(run, config, cases, log, on_progress)
+
+
+def _with_settings(probe: Probe, settings: Mapping[str, tuple[Setting, ...]]) -> Probe:
+    operators = tuple(
+        replace(o, settings=(*o.settings, *settings.get(o.name, ()))) for o in probe.operators
+    )
+    return replace(probe, operators=operators)
 
 
 def _installed_imports(probes: Sequence[Probe], request: ScanRequest) -> list[str]:
@@ -225,7 +249,7 @@ def _run(
     judged = time.perf_counter()
     notes = config.notes
     results = (
-        *(CaseResult(case, outcomes.get(index) or _not_run()) for index, case in enumerate(cases)),
+        *_results(config, cases, outcomes),
         *(_unloadable(config, sentence) for sentence in notes.get("probe_errors", ())),
         *(_uncalled(config, op) for op in inventory.uncalled(config.registered)),
         *(
@@ -238,6 +262,19 @@ def _run(
     phases |= _phases(progress, results, launched, ended)
     phases["rules"] = round(time.perf_counter() - judged, 2)
     return Report(_environment(config, progress, results, phases, ended), results, findings)
+
+
+def _results(
+    config: RunConfig, cases: Sequence[Case], outcomes: Mapping[int, Outcome]
+) -> Iterator[CaseResult]:
+    """One entry a case. Those before `fix_from` are the same cases as those after it, in reverse."""
+    for index, case in enumerate(cases[config.fix_from :], config.fix_from):
+        outcome = outcomes.get(index) or _not_run()
+        if not config.fix_from:
+            yield CaseResult(case, outcome)
+            continue
+        before = outcomes.get(len(cases) - 1 - index) or _not_run()
+        yield CaseResult(case, outcome, before.status)
 
 
 def _run_cases(
@@ -317,6 +354,8 @@ def _environment(
         "seed": config.seed,
         "hash_seeds": list(config.hash_seeds),
         "case_timeout_seconds": config.case_timeout,
+        "with": list(notes.get("with", ())),
+        **_fix_notes(progress),
         "standins": sorted({s for r in results for s in r.outcome.standins}),
         "probe_errors": list(notes.get("probe_errors", ())),
         "repeats": config.repeats,
@@ -327,6 +366,12 @@ def _environment(
         "command": notes.get("command", ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _fix_notes(progress: journal.Progress) -> dict[str, Any]:
+    """What became of each op in the fix files that the workers loaded."""
+    loaded = {n["file"]: n["ops"] for n in progress.notes if n["key"] == "fix"}
+    return {"fixes": loaded} if loaded else {}
 
 
 def _engine_notes(config: RunConfig, results: Sequence[CaseResult]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import io
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,11 @@ class Worker:
             probe = plugins.load_probe_file(Path(file))
             for operator in plugins.with_discovered(probe, config.registered).operators:
                 self.operators[operator.name] = operator
+        for name, settings in config.settings.items():
+            own = self.operators[name]
+            self.operators[name] = replace(own, settings=(*own.settings, *settings))
         self.availability = Availability(config.device)
+        self.fixed = False
         # Consecutive cases share operator and setting, so one slot of memory is enough.
         self.prepared: tuple[tuple[str, str], list[Drawn]] | None = None
         self.values: tuple[tuple[str, str], list[Values]] | None = None
@@ -130,6 +135,8 @@ class Worker:
         for index, case in enumerate(self.cases):
             if index in self.done or case.mesh != self.config.mesh:
                 continue
+            if index >= self.config.fix_from and not self.fixed:
+                self._register_fixes()
             if index % 32 == 0:
                 gc.collect()
             self._run(index, case)
@@ -145,6 +152,18 @@ class Worker:
             self.store.set(f"peak/{self.rank}", f"{cases.peak_rss_mib():.1f}")
             # The store lives in torchrun's agent; leave together so that nobody's exit looks like a death.
             self.store.wait(["finished"], datetime.timedelta(seconds=60))
+
+    def _register_fixes(self) -> None:
+        """Once what registers the ops is here, stand-ins included: a fix is for ops that there are."""
+        self.fixed = True
+        if not self.config.fixes:
+            return
+        for name in dict.fromkeys(case.operator for case in self.cases):
+            self.availability.refusal(self.operators[name])
+        for file in self.config.fixes:
+            became = plugins.register_fix(Path(file))
+            if self.journal is not None:
+                self.journal.note("fix", file=file, ops=became)
 
     def forget_prepared(self) -> None:
         self.prepared = None

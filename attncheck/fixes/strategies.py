@@ -1,0 +1,335 @@
+"""Giving DTensor the strategies that follow from signatures, taking them back, and proving both.
+
+PyTorch's `register_sharding` is not enough here. It derives a cache key that ignores floats and booleans
+before the first integer (a strategy that looks at `causal` is served stale); it is ignored where torch has
+a single-dim strategy for the op (2.13 on); it expands rows over a mesh without asking whether two axes
+together tear a group of heads; and it lets DTensor redistribute what an op writes in place, which loses
+what was written. So this goes one step below it, to the tables that it writes into. They are private:
+`op_strategy_funcs` and `op_to_schema_info` (2.5 to 2.15), the two of single-dim strategies (2.11 on),
+`op_to_rules` (to 2.12), and the caches (in Python; in C++ from 2.10 on).
+
+This file is part of every module that `attncheck fix` writes: it needs torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import _op_schema as schemas
+from torch.distributed.tensor._collective_utils import redistribute_cost
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+from attncheck.fixes.notation import (
+    Layout,
+    Refused,
+    Signature,
+    describe,
+    form_of,
+    layouts,
+    read,
+    results_shapes,
+)
+
+REGISTERED, KEPT, LEFT, ABSENT = "registered", "registered before", "left alone", "absent"
+MADE_BY = "attncheck"
+
+_TABLES = (
+    "op_strategy_funcs",
+    "op_to_schema_info",
+    "op_single_dim_strategy_funcs",
+    "op_to_schema_info_for_single_dim_strategy",
+    "op_to_rules",
+)
+# Those of them that hold strategies: propagation notes an op it decomposes in `op_to_schema_info` too.
+_STRATEGIES = ("op_strategy_funcs", "op_single_dim_strategy_funcs", "op_to_rules")
+# `PlacementStrategy` up to 2.7.
+_OpSpec = getattr(schemas, "OpSpec", None) or schemas.PlacementStrategy  # type: ignore[attr-defined]
+
+
+class NotRegistered(RuntimeError):
+    """Something of the registration is not as it must be. The text is one sentence."""
+
+
+class Strategy:
+    """What DTensor asks for the sharding of one op; its forms are told apart by their arguments."""
+
+    made_by = MADE_BY
+
+    def __init__(self, op: Any, forms: Sequence[Signature]) -> None:
+        self.op = op
+        self.forms = tuple(forms)
+        self.roll_call = False
+
+    def __call__(self, schema: Any) -> Any:
+        if self.roll_call:
+            raise _Present
+        values = arguments(self.op, schema.args_schema, schema.kwargs_schema)
+        specs = {name: spec for name, value in values.items() if (spec := _spec(value)) is not None}
+        signature = form_of(self.forms, values)
+        mesh = next(iter(specs.values())).mesh
+        shapes = {name: tuple(spec.shape) for name, spec in specs.items()}
+        fixed = _unmovable(signature, specs, schema.kwargs_schema)
+        possible = [
+            layout
+            for layout in layouts(signature, values, shapes, tuple(mesh.shape))
+            if all(layout.takes[name] == tuple(specs[name].placements) for name in fixed)
+        ]
+        if not possible:
+            raise Refused(_none_fits(signature, fixed, specs, shapes, values, mesh))
+        return self._spec_of(cheapest(possible, specs, mesh), specs, mesh)
+
+    def _spec_of(self, layout: Layout, specs: Mapping[str, Any], mesh: Any) -> Any:
+        outputs = [None if p is None else DTensorSpec(mesh, p) for p in layout.gives]
+        inputs = [
+            DTensorSpec(mesh, layout.takes[name], tensor_meta=spec.tensor_meta)
+            for name, spec in specs.items()
+        ]
+        costs = [[redistribute_cost(specs[n], s)] for n, s in zip(specs, inputs, strict=True)]
+        made = outputs[0] if len(self.op._schema.returns) == 1 else tuple(outputs)
+        return schemas.OpStrategy(
+            [_OpSpec(output_specs=made, input_specs=inputs, redistribute_cost=costs)]
+        )
+
+
+class _Present(Exception):
+    """Raised by a strategy that is asked whether it is the one that answers."""
+
+
+def arguments(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name. PyTorch's dispatcher leaves out those that equal their defaults."""
+    declared = op._schema.arguments
+    given = dict(zip((a.name for a in declared), args, strict=False))
+    given.update(kwargs)
+    for argument in declared:
+        if argument.name not in given:
+            given[argument.name] = argument.default_value if argument.has_default_value() else None
+    return given
+
+
+def _spec(value: Any) -> Any:
+    """The DTensorSpec of an argument, None where it is no tensor."""
+    if isinstance(value, schemas.OpStrategy):
+        return value.strategies[0].output_spec
+    return value if isinstance(value, DTensorSpec) else None
+
+
+def _unmovable(
+    signature: Signature, specs: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> list[str]:
+    """Tensors that must stay as they lie: what the op writes into, and what is passed by keyword, which
+    DTensor never redistributes, whatever a strategy says."""
+    written = {name for name, text in signature.takes.items() if read(text).in_place}
+    return [name for name in specs if name in written or name in kwargs]
+
+
+def cheapest(possible: Sequence[Layout], specs: Mapping[str, Any], mesh: Any) -> Layout:
+    """The least communication, then the fewest tensors moved: the same choice on every rank."""
+
+    def price(layout: Layout) -> tuple[float, int]:
+        moved = [name for name in specs if layout.takes[name] != tuple(specs[name].placements)]
+        costs = (redistribute_cost(specs[n], DTensorSpec(mesh, layout.takes[n])) for n in moved)
+        return sum(costs), len(moved)
+
+    return min(possible, key=price)
+
+
+def _none_fits(
+    signature: Signature,
+    fixed: Sequence[str],
+    specs: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
+    values: Mapping[str, Any],
+    mesh: Any,
+) -> str:
+    """Why no layout is left, and what to do."""
+    have = ", ".join(f"{n} {''.join(map(str, specs[n].placements))}" for n in fixed)
+    wanted = [
+        describe(layout.ways, {n: layout.takes[n] for n in fixed})
+        for layout in layouts(signature, values, shapes, tuple(mesh.shape))
+    ]
+    return (
+        f"{signature.op} cannot move what it writes into or gets by keyword, and no strategy has {have}: "
+        f"bring its arguments to one of these placements before the call: {'; '.join(wanted)}"
+    )
+
+
+# --- registering ---------------------------------------------------------------------------------
+
+# What the tables held for an op before it was registered here.
+_saved: dict[Any, list[dict[Any, Any]]] = {}
+_libraries: list[Any] = []
+
+
+def install(signatures: Iterable[Signature], required: bool = True) -> dict[str, str]:
+    """Give DTensor a strategy for each op, before or after its first use; twice is harmless.
+
+    Returns what became of each op: `registered`, `registered before`, `left alone` (torch has a strategy
+    of its own) or `absent`. Raises NotRegistered where a required op is absent, or a strategy does not
+    answer once it is registered.
+    """
+    forms: dict[str, list[Signature]] = {}
+    for signature in signatures:
+        forms.setdefault(signature.op, []).append(signature)
+    became: dict[str, str] = {}
+    new: list[Strategy] = []
+    for name, described in forms.items():
+        op = find_op(name, described[0].imports if required else "")
+        if op is None:
+            if required:
+                raise NotRegistered(
+                    f"The op {name} is not registered in this process: import what registers it first"
+                )
+            became[name] = ABSENT
+        elif op in _saved or _is_ours(op):
+            became[name] = KEPT
+        elif _is_known(op) and not _is_overridden(described):
+            became[name] = LEFT
+        else:
+            new.append(_put(op, described))
+            became[name] = REGISTERED
+    if new:
+        forget_propagated()
+    for strategy in new:
+        if not answers(strategy):
+            remove()
+            raise NotRegistered(
+                f"The strategy registered for {strategy.op} is not the one that answers: this torch "
+                f"({torch.__version__}) looks for strategies somewhere else"
+            )
+    return became
+
+
+def remove() -> None:
+    """Put back what DTensor had before `install`."""
+    tables = _tables()
+    for op, before in _saved.items():
+        for table, saved in zip(tables, before, strict=True):
+            table.pop(op, None)
+            table.update(saved)
+    if _saved:
+        forget_propagated()
+    _saved.clear()
+    for library in _libraries:
+        library._destroy()
+    _libraries.clear()
+
+
+def find_op(name: str, imports: str = "") -> Any:
+    """The overload of `flash_attn._flash_attn_forward.default`, or None. May import the module that
+    registers it, and raises what that raises."""
+    namespace, _, rest = name.partition(".")
+    packet, _, overload = rest.rpartition(".")
+    found = getattr(getattr(torch.ops, namespace), packet, None)
+    if found is None and imports:
+        importlib.import_module(imports)
+        found = getattr(getattr(torch.ops, namespace), packet, None)
+    return getattr(found, overload, None)
+
+
+def _propagator() -> Any:
+    return DTensor._op_dispatcher.sharding_propagator
+
+
+def _tables() -> list[dict[Any, Any]]:
+    propagator = _propagator()
+    return [getattr(propagator, name) for name in _TABLES if hasattr(propagator, name)]
+
+
+def _is_known(op: Any) -> bool:
+    """Whether a strategy is registered for an op, by torch or by another such module."""
+    return any(op in getattr(_propagator(), name, {}) for name in _STRATEGIES)
+
+
+def _is_ours(op: Any) -> bool:
+    """Whether another module that attncheck wrote has registered a strategy for it."""
+    return getattr(_propagator().op_strategy_funcs.get(op), "made_by", "") == MADE_BY
+
+
+def _is_overridden(forms: Sequence[Signature]) -> bool:
+    """Whether this torch is one of those whose own strategy is wrong."""
+    bounds = forms[0].overrides
+    return bounds is not None and bounds[0] <= torch.__version__ < bounds[1]
+
+
+def _put(op: Any, forms: Sequence[Signature]) -> Strategy:
+    strategy = Strategy(op, forms)
+    _saved[op] = [{op: table.pop(op)} if op in table else {} for table in _tables()]
+    declared = op._schema.arguments
+    # Everything from the first argument on that is no tensor is in the cache key, flags included.
+    first = next(
+        (at for at, a in enumerate(declared) if str(a.type) not in ("Tensor", "Optional[Tensor]")),
+        len(declared),
+    )
+    keywords = [a.name for a in declared if a.kwarg_only]
+    info = schemas.RuntimeSchemaInfo(first, keywords or None, needs_pytree=True)
+    _propagator().register_op_strategy(op, strategy, info)
+    if forms[0].fake:
+        _give_fake(op, forms)
+    return strategy
+
+
+def _give_fake(op: Any, forms: Sequence[Signature]) -> None:
+    """A Meta kernel made of what the signatures say of the results."""
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        values = arguments(op, args, kwargs)
+        tensors = {n: v for n, v in values.items() if isinstance(v, torch.Tensor)}
+        like = next(iter(tensors.values()))
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        made = [
+            None
+            if result is None
+            else like.new_empty(result[0], dtype=getattr(torch, result[1]) if result[1] else None)
+            for result in results_shapes(form_of(forms, values), values, shapes)
+        ]
+        return made[0] if len(op._schema.returns) == 1 else tuple(made)
+
+    namespace, name = op._schema.name.split("::")
+    library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.impl(name, fake, "Meta")
+    _libraries.append(library)
+
+
+def answers(strategy: Strategy) -> bool:
+    """Whether DTensor, asked for the sharding of the op, asks this strategy: by asking it.
+
+    What runs the op on meta tensors first is left out, so that no arguments need to be made up.
+    """
+    propagator, op = _propagator(), strategy.op
+    if op in getattr(DTensor._op_dispatcher, "_custom_op_handlers", {}):
+        return False
+    name = next(
+        n
+        for n in ("_propagate_tensor_meta_non_cached", "_propagate_tensor_meta")  # 2.7 on; before
+        if hasattr(propagator, n)
+    )
+    strategy.roll_call = True
+    setattr(propagator, name, lambda schema: None)
+    try:
+        _uncached(propagator)(schemas.OpSchema(op, (), {}))
+    except _Present:
+        return True
+    except Exception:
+        return False
+    finally:
+        delattr(propagator, name)
+        strategy.roll_call = False
+    return False
+
+
+def _uncached(propagator: Any) -> Callable[[Any], Any]:
+    found: Callable[[Any], Any] = propagator.propagate_op_sharding_non_cached
+    return found
+
+
+def forget_propagated() -> None:
+    """Clear what was propagated before in this thread: in Python and, from 2.10 on, in C++."""
+    cached = _propagator().propagate_op_sharding
+    (cached if hasattr(cached, "cache_clear") else cached.cache).cache_clear()
+    clear = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
+    if clear is not None:
+        clear()
