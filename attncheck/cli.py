@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,10 +18,13 @@ from attncheck import __version__
 from attncheck.errors import UserError, unknown
 
 if TYPE_CHECKING:
+    from attncheck.fixes.fixing import Fixed, FixRequest
+    from attncheck.fixes.output import Target
     from attncheck.model import Case, Report
 
 EXIT_CLEAN, EXIT_FINDINGS, EXIT_ERROR, EXIT_INCONCLUSIVE = 0, 1, 2, 3
 EXIT_INTERRUPTED = 130
+T = TypeVar("T")
 FAIL_ON = ("error", "warning", "info", "never")
 
 
@@ -154,7 +157,7 @@ def scan(ctx: click.Context, /, **given: Any) -> None:
 
 def _merge(configured: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Options of the command line over those of pyproject.toml; names as in the configuration."""
-    named = {("with" if k == "with_" else k.replace("_", "-")): v for k, v in given.items()}
+    named = {k.rstrip("_").replace("_", "-"): v for k, v in given.items()}
     return {k: (v if v not in (None, ()) else configured.get(k, v)) for k, v in named.items()}
 
 
@@ -249,7 +252,7 @@ def _positive(option: str, value: float | None) -> float | None:
     return value
 
 
-def _guarded(run: Callable[[], Report], verbose: bool, ctx: click.Context) -> Report:
+def _guarded(run: Callable[[], T], verbose: bool, ctx: click.Context) -> T:
     """Internal errors are never findings: exit 2, one sentence, the traceback with -v."""
     from attncheck.runner.launch import Interrupted
 
@@ -405,6 +408,112 @@ def hunt(ctx: click.Context, /, **given: Any) -> None:
         return hunted.report
 
     ctx.exit(exit_code(_guarded(run, given["verbose"], ctx), given["fail_on"]))
+
+
+@main.command()
+@click.option(
+    "--from",
+    "from_",
+    type=click.Path(path_type=Path),
+    metavar="REPORT",
+    help="A JSON report of a scan (default: scan first).",
+)
+@_many("--kernel-op", metavar="GLOB", help="Kernel ops to mend, e.g. 'flash_attn.*' (repeatable).")
+@_many("--operator", "-k", metavar="GLOB", help="Operators to scan, where no report is given.")
+@click.option(
+    "--write",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the module to this file.",
+)
+@click.option(
+    "--diff",
+    type=click.Path(path_type=Path),
+    is_flag=False,
+    flag_value=Path("attncheck_fixes.py"),
+    metavar="[FILE]",
+    help="Show what --write FILE would change (default attncheck_fixes.py).",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Overwrite a file that attncheck did not write, or that was changed since; FILE.bak keeps it.",
+)
+@click.option(
+    "--unverified",
+    is_flag=True,
+    help="Write also what fails verification, and say so in its header.",
+)
+@_many("--mesh", metavar="SHAPE", help="Device mesh to scan first (repeatable).")
+@click.option("--device", metavar="NAME", help="cpu (default) or cuda.")
+@_many("--with", "with_", metavar="PACKAGE", help="Provision it first, as scan does (repeatable).")
+@_many("--probe", "probes", metavar="FILE", help="A probe file of your own. Its code is run.")
+@_many("--import", "imports", metavar="MODULE", help="Import it, as scan does. Its code is run.")
+@click.option("--seed", type=int, help="Seed of all values (default: fresh, or the report's).")
+@_many(
+    "--output",
+    "-o",
+    metavar="FORMAT[:PATH]",
+    help="Write a report of the verification, each case before and after (as scan does).",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("-v", "--verbose", is_flag=True, help="Tracebacks for internal errors.")
+@click.pass_context
+def fix(ctx: click.Context, /, **given: Any) -> None:
+    """Write a module that registers the missing sharding strategies, once it is verified.
+
+    Takes the findings of a scan, describes each kernel op by named dims (or finds out by running it), runs
+    the failing cases and their neighbours again with the strategies registered, and writes what is right.
+    Without --write or --diff the module goes to stdout.
+
+    Exit codes: 0 every op has a verified strategy, 1 some have none, 2 usage or internal error, 3 nothing
+    ran.
+    """
+    from attncheck import config
+    from attncheck.fixes import fixing, output
+
+    configured = config.load(Path.cwd())
+    options = _merge(
+        {k: configured[k] for k in ("with", "probes", "imports") if k in configured}, given
+    )
+    target = output.target(options["write"], options["diff"], options["force"])
+    outputs = _parse_outputs(options["output"])
+
+    def run() -> Fixed:
+        for code in (*options["probes"], *options["imports"]):
+            _log(f"running the code of {code}")
+        with _progress(options["quiet"]) as show:
+            return fixing.fix(_fix_request(options, target), _log, show)
+
+    fixed = _guarded(run, options["verbose"], ctx)
+    for line in fixing.summary(fixed):
+        click.echo(line, err=True)
+    click.echo(target.put(fixed.text), nl=False)
+    _write(fixed.report, outputs, options["verbose"])
+    ctx.exit(output.exit_code(fixed))
+
+
+def _fix_request(options: dict[str, Any], target: Target) -> FixRequest:
+    from attncheck.fixes.fixing import FixRequest
+    from attncheck.plan import Selection, parse_mesh
+    from attncheck.runner.scan import ScanRequest
+
+    return FixRequest(
+        report=options["from"],
+        scan=ScanRequest(
+            selection=Selection(operators=options["operator"]),
+            meshes=_meshes(options["mesh"], None, parse_mesh),
+            device=_device(options["device"] or "cpu"),
+            seed=options["seed"],
+            with_packages=options["with"],
+            probe_files=options["probes"],
+            imports=options["imports"],
+            command="attncheck " + " ".join(sys.argv[1:]),
+        ),
+        kernel_ops=options["kernel-op"],
+        unverified=options["unverified"],
+        name=target.module_name,
+    )
 
 
 # --- reports -------------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ class Case:
     `placements` is what it means for each tensor, written as PyTorch prints it (`S(1)`, `R`, `P(sum)`),
     one entry per mesh axis; `["plain"]` for an argument passed as an ordinary tensor. `function` is the
     import path of what the operator calls, where `operator` is a shorthand. `communicates`: the operator
-    exists to communicate (a ring), so its collectives are asked for.
+    exists to communicate (a ring), so its collectives are asked for. `tensor_bytes`: what each tensor
+    takes, all of it.
     """
 
     id: str
@@ -108,6 +109,7 @@ class Case:
     direction: str
     function: str = ""
     communicates: bool = False
+    tensor_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def setting_name(self) -> str:

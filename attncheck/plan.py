@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -222,9 +223,18 @@ def _cases(
                     direction=direction,
                     function=operator.function,
                     communicates=operator.communicates,
+                    tensor_bytes={t.name: _bytes(t, setting) for t in tensors},
                 ),
                 risk,
             )
+
+
+def _bytes(tensor: Tensor, setting: Setting) -> int:
+    """What a whole tensor takes. The width of an element is in the name of its dtype, but for bool."""
+    bool_mask = tensor.fill == "bool_mask"
+    dtype = "bool" if bool_mask else tensor.dtype or setting.dtype
+    width = re.search(r"\d+", dtype)
+    return math.prod(tensor.sizes) * (int(width[0]) // 8 if width else 1)
 
 
 def _wanted_setting(setting: Setting, selection: Selection) -> bool:

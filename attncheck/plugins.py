@@ -206,7 +206,9 @@ def register_fix(path: Path) -> dict[str, str]:
     module = _load(path, "fixes")
     register = getattr(module, "register", None)
     if not callable(register):
-        raise UserError(f"Fix file {path} defines no register(); expected one that attncheck wrote.")
+        raise UserError(
+            f"Fix file {path} defines no register(); expected one that attncheck wrote."
+        )
     takes = inspect.signature(register).parameters
     became = register(required=False) if "required" in takes else register()
     return dict(became) if isinstance(became, dict) else {}

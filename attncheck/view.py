@@ -191,11 +191,10 @@ class FindingView:
 
     @property
     def first_remedy(self) -> int | None:
-        """Index of the remedy to show in full: with code, and seen working, where there is one."""
+        """Index of the remedy to show in full: the best one that has code; they come best first."""
         if not self.remedies:
             return None
-        order = range(len(self.remedies))
-        return max(order, key=lambda i: (bool(self.remedies[i].code), self.remedies[i].proven, -i))
+        return next((i for i, remedy in enumerate(self.remedies) if remedy.code), 0)
 
 
 @dataclass(frozen=True)
@@ -220,6 +219,15 @@ class Missing:
 
 
 @dataclass(frozen=True)
+class Change:
+    """Cases that had one status without a fix (`not run` where nobody knows), and have another with it."""
+
+    before: str
+    after: Status
+    cases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class NotRun:
     """Cases that did not run (or whose check failed) for the same reason."""
 
@@ -239,9 +247,10 @@ class Step:
 
 @dataclass(frozen=True)
 class View:
-    """`missing` is empty where the headline names them all."""
+    """`missing` is empty where the headline names them all; `changes` but where a fix was verified."""
 
     headline: tuple[str, ...]
+    changes: tuple[Change, ...]
     missing: tuple[Missing, ...]
     placements: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -275,6 +284,7 @@ def build(report: Report) -> View:
     statuses = {result.outcome.status for result in report.cases}
     return View(
         headline=_headline(report, works),
+        changes=_changes(report.cases),
         missing=_missing_list(report.cases),
         placements=placements,
         rows=rows,
@@ -583,6 +593,18 @@ def _missing_list(results: Sequence[CaseResult]) -> tuple[Missing, ...]:
     return tuple(
         Missing(op, len(hit), tuple(dict.fromkeys(map(_who, hit)))) for op, hit in stopped.items()
     )
+
+
+def _changes(results: Sequence[CaseResult]) -> tuple[Change, ...]:
+    """Worst first."""
+    if all(result.before is None for result in results):
+        return ()
+    cases: dict[tuple[str, Status], list[str]] = {}
+    for result in results:
+        before = STYLES[result.before].word if result.before is not None else "not run"
+        cases.setdefault((before, result.outcome.status), []).append(result.case.id)
+    ordered = sorted(cases.items(), key=lambda item: (item[0][1].rank, item[0][0]))
+    return tuple(Change(before, after, tuple(ids)) for (before, after), ids in ordered)
 
 
 def _missing(results: Sequence[CaseResult]) -> str:

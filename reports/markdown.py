@@ -76,6 +76,7 @@ def render(report: Report, *, options: RenderOptions) -> str:
 def _render(view: View, options: RenderOptions, detail: Detail) -> str:
     sections: tuple[Iterable[str], ...] = (
         _headline(view),
+        _changes(view, detail),
         _missing(view),
         _environment(view),
         _findings(view, detail),
@@ -152,6 +153,28 @@ def _headline(view: View) -> Iterable[str]:
     rest = [*view.headline[1:], *(f"Note: {notice}" for notice in view.notices)]
     for sentence in rest:
         yield prose(sentence)
+
+
+def _changes(view: View, detail: Detail) -> Iterable[str]:
+    if not view.changes:
+        return
+    yield "## Before and after"
+    yield "What each case was without the fix, and is with it."
+    yield _table(
+        ("before", "after", "cases"),
+        (
+            (prose(change.before), prose(STYLES[change.after].word), str(len(change.cases)))
+            for change in view.changes
+        ),
+    )
+    for change in view.changes if detail.cases else ():
+        shown = change.cases[: 10 * detail.cases]
+        rest = len(change.cases) - len(shown)
+        lines = [*shown, *([f"and {rest} more (all in --output json)"] if rest else [])]
+        title = (
+            f"{count(len(change.cases), 'case')}: {change.before} -> {STYLES[change.after].word}"
+        )
+        yield details(title, block("\n".join(lines), "text"))
 
 
 def _missing(view: View) -> Iterable[str]:

@@ -53,6 +53,7 @@ def render(report: Report, *, options: RenderOptions) -> str:
     page = Page(options)
     sections: tuple[Iterable[Line], ...] = (
         page.headline(view),
+        page.changes(view),
         page.missing(view),
         page.matrix(view),
         page.works(view),
@@ -105,6 +106,18 @@ class Page:
             yield from self.text("", sentence, "bold")
         for notice in view.notices:
             yield from self.text("! ", notice, "yellow")
+
+    def changes(self, view: View) -> Iterable[Line]:
+        if not view.changes:
+            return
+        yield _heading("Before and after", "what each case was without the fix, and is with it")
+        for change in view.changes:
+            style = STYLES[change.after]
+            text = f"{change.before} -> {style.word}"
+            yield ((f"  {len(change.cases):>4}  ", ""), (text, style.color))
+            if self.options.verbose:
+                for case in change.cases:
+                    yield (("          " + case, ""),)
 
     def missing(self, view: View) -> Iterable[Line]:
         if not view.missing:

@@ -66,7 +66,7 @@ def module(
     head += f"\n{MARK} {{digest}}\n"
     parts = ["notation.py", "strategies.py", *(["local_calls.py"] if functions else [])]
     sources = [_Source(HERE / part) for part in parts]
-    imports = sorted({line for source in sources for line in source.imports}, key=_import_order)
+    imports = _imports([node for source in sources for node in source.imports])
     tables = [_table("SIGNATURES", signatures)]
     if functions:
         tables.append(_table("FUNCTIONS", functions))
@@ -78,7 +78,9 @@ def module(
             "patch": "\n    became.update(patch(FUNCTIONS, required))",
             "unpatch": "\n    unpatch()",
         }
-    text = '"""' + head + '"""\n\nfrom __future__ import annotations\n\n'
+    # Sentences of other people's exceptions stand in it.
+    head = head.replace("\\", "/").replace('"""', "'")
+    text = f'"""{head}"""\n\nfrom __future__ import annotations\n\n'
     text += "\n".join(imports) + "\n\n\n" + "\n\n".join(body) + "\n" + _REGISTER.format(**patches)
     return text.replace("{digest}", _digest(text), 1)
 
@@ -114,12 +116,7 @@ class _Source:
         tree = ast.parse(text)
         docs = ast.get_docstring(tree) or ""
         nodes = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
-        self.imports = [
-            ast.unparse(n)
-            for n in nodes
-            if not (isinstance(n, ast.ImportFrom) and (n.module or "").startswith("attncheck"))
-            and not (isinstance(n, ast.ImportFrom) and n.module == "__future__")
-        ]
+        self.imports = nodes
         last = max(n.end_lineno or 0 for n in nodes)
         rest = "\n".join(text.splitlines()[last:]).strip("\n")
         about = (
@@ -136,9 +133,27 @@ def _comment(text: str) -> str:
     return "\n".join(f"# {line}".rstrip() for line in text.splitlines())
 
 
-def _import_order(line: str) -> tuple[bool, bool, str]:
-    module_name = line.split()[1]
-    return module_name.startswith("torch"), line.startswith("from"), line
+def _imports(nodes: Iterable[ast.Import | ast.ImportFrom]) -> list[str]:
+    """Import lines for all of these but those of attncheck, one for each module, torch's behind a gap."""
+    plain: set[str] = set()
+    named: dict[str, set[str]] = {}
+    for node in nodes:
+        names = {ast.unparse(alias) for alias in node.names}
+        if isinstance(node, ast.Import):
+            plain |= names
+        elif (module_name := node.module or "").partition(".")[0] not in (
+            "attncheck",
+            "__future__",
+        ):
+            named.setdefault(module_name, set()).update(names)
+    lines = [(name, f"import {name}") for name in plain]
+    lines += [
+        (name, f"from {name} import {', '.join(sorted(names, key=str.casefold))}")
+        for name, names in named.items()
+    ]
+    lines.sort(key=lambda line: (line[1].startswith("from"), line[0]))
+    ours = [text for name, text in lines if name.partition(".")[0] == "torch"]
+    return [*(text for _, text in lines if text not in ours), "", *ours]
 
 
 def _table(name: str, signatures: Iterable[Signature]) -> str:
@@ -161,19 +176,28 @@ def _default(each: Any) -> Any:
     return each.default if each.default_factory is MISSING else each.default_factory()
 
 
-def _indented(value: Any) -> str:
+def _indented(value: Any, indent: str = "    ") -> str:
+    """The value in one line or, where that is long, an item a line."""
+    short = _value(value)
+    if len(short) <= WIDTH - 24:
+        return short
+    deeper = indent + "    "
+    if isinstance(value, str):
+        width = WIDTH - len(deeper) - 4
+        parts = textwrap.wrap(value, width, drop_whitespace=False, break_on_hyphens=False)
+        return "(\n" + "".join(f"{deeper}{_value(part)}\n" for part in parts) + f"{indent})"
     if isinstance(value, Mapping):
-        one_line = "{" + ", ".join(f"{_value(k)}: {_value(v)}" for k, v in value.items()) + "}"
-        if len(one_line) <= WIDTH - 24:
-            return one_line
-        rows = "".join(f"        {_value(k)}: {_value(v)},\n" for k, v in value.items())
-        return "{\n" + rows + "    }"
-    return _value(value)
+        rows = "".join(f"{deeper}{_value(k)}: {_indented(v, deeper)},\n" for k, v in value.items())
+        return f"{{\n{rows}{indent}}}"
+    rows = "".join(f"{deeper}{_indented(item, deeper)},\n" for item in value)
+    return f"(\n{rows}{indent})"
 
 
 def _value(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_value(k)}: {_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, tuple):
         return f"({', '.join(map(_value, value))}{',' if len(value) == 1 else ''})"
     return repr(value)

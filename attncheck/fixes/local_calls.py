@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,16 +50,20 @@ from attncheck.fixes.strategies import (
     find_op,
 )
 
+_Choice = tuple[Signature, Layout]
+_KEPT_CHOICES = 1024  # calls that differ in shapes, placements or flags
+
 
 def local_call(forms: Sequence[Signature], function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which on DTensors is called on their local shards; its forms are told apart by their
     arguments. On ordinary tensors it is called as it is.
 
-    In a signature the items of a tuple are called `window_size[0]`, and keyword arguments that `function`
-    does not declare go by their names. Ordinary tensors beside DTensors are the same on every rank, and are
+    In the conditions of a signature the items of a tuple are called `window_size[0]`, and the class of an
+    argument `type(attn_bias)`. Ordinary tensors beside DTensors are the same on every rank, and are
     taken as they are. The wrapper raises Refused where no layout is right.
     """
     declared = inspect.signature(function)
+    chosen: dict[Any, _Choice] = {}  # as DTensor keeps what it propagated
 
     @functools.wraps(function)
     def on_shards(*args: Any, **kwargs: Any) -> Any:
@@ -66,9 +71,16 @@ def local_call(forms: Sequence[Signature], function: Callable[..., Any]) -> Call
             return function(*args, **kwargs)
         bound = declared.bind(*args, **kwargs)
         bound.apply_defaults()
-        call = _lay_out(forms, _by_name(bound))
-        returned = function(*_localized(bound.args, call), **_localized(bound.kwargs, call))
-        return _assemble(returned, call)
+        values = _by_name(bound)
+        key = _key(values)
+        choice = chosen.get(key)
+        if choice is None:
+            choice = _choose(forms, values)
+            if key is not None and len(chosen) < _KEPT_CHOICES:
+                chosen[key] = choice
+        call = _lay_out(*choice, values)
+        _localize(bound, call)
+        return _assemble(function(*bound.args, **bound.kwargs), call)
 
     on_shards.made_by = MADE_BY  # type: ignore[attr-defined]
     return on_shards
@@ -82,7 +94,7 @@ class _Call:
     layout: Layout
     mesh: Any
     values: Mapping[str, Any]
-    locals: Mapping[int, torch.Tensor]  # by the id of the DTensor
+    locals: Mapping[str, torch.Tensor]
 
     def size(self, letter: str, local: bool = False) -> int | None:
         """The size of a named dim, of all of it or of this rank's part."""
@@ -90,7 +102,7 @@ class _Call:
         for name, text in self.signature.takes.items():
             tensor = self.values.get(name)
             if isinstance(tensor, torch.Tensor):
-                part = self.locals.get(id(tensor), tensor)
+                part = self.locals.get(name, tensor)
                 form = read(text).of(tensor.ndim) or ()
                 if letter in form:
                     sizes.append((tensor, part)[local].shape[form.index(letter)])
@@ -98,7 +110,7 @@ class _Call:
 
 
 def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """All arguments by name; what a function takes as `**kwargs` by theirs, items of tuples by number."""
+    """All arguments by name, and what `local_call` says of them; what is in `**kwargs` by its own names."""
     values: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
@@ -106,12 +118,31 @@ def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
         else:
             values[name] = value
     for name, value in [*values.items()]:
+        values[f"type({name})"] = type(value).__name__
         if isinstance(value, (tuple, list)):
             values.update({f"{name}[{at}]": item for at, item in enumerate(value)})
     return values
 
 
-def _lay_out(forms: Sequence[Signature], values: Mapping[str, Any]) -> _Call:
+def _key(values: Mapping[str, Any]) -> Any:
+    """All that a choice depends on, and nothing that holds tensors. None where that cannot be a key."""
+    key: list[Any] = []
+    for name, value in values.items():
+        if isinstance(value, DTensor):
+            key.append((name, value.shape, value.placements, value.device_mesh))
+        elif isinstance(value, torch.Tensor):
+            key.append((name, value.shape))
+        else:
+            plain = value is None or isinstance(value, (bool, int, float, str))
+            key.append((name, value if plain else type(value)))
+    try:
+        hash(tuple(key))
+    except TypeError:  # sizes that are no numbers
+        return None
+    return tuple(key)
+
+
+def _choose(forms: Sequence[Signature], values: Mapping[str, Any]) -> _Choice:
     signature = form_of(forms, values)
     tensors = {n: value for n, value in values.items() if isinstance(value, torch.Tensor)}
     placed = {n: tensor for n, tensor in tensors.items() if isinstance(tensor, DTensor)}
@@ -135,10 +166,16 @@ def _lay_out(forms: Sequence[Signature], values: Mapping[str, Any]) -> _Call:
             f"{signature.op} writes into its arguments, and none of its layouts has {have}: bring them "
             f"to one of these placements before the call: {'; '.join(wanted)}"
         )
-    layout = cheapest(possible, {n: tensor._spec for n, tensor in placed.items()}, mesh)
-    for name in tensors.keys() - placed.keys():
-        _accept_plain(signature, layout, name, tensors[name])
-    local = {id(t): _local(t, layout.takes[n], layout.ways) for n, t in placed.items()}
+    return signature, cheapest(possible, {n: t._spec for n, t in placed.items()}, mesh)
+
+
+def _lay_out(signature: Signature, layout: Layout, values: Mapping[str, Any]) -> _Call:
+    placed = {n: value for n, value in values.items() if isinstance(value, DTensor)}
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and name not in placed:
+            _accept_plain(signature, layout, name, value)
+    local = {n: _local(t, layout.takes[n], layout.ways) for n, t in placed.items()}
+    mesh = next(iter(placed.values())).device_mesh
     return _Call(signature, layout, mesh, values, local)
 
 
@@ -161,21 +198,54 @@ def _local(tensor: DTensor, wanted: Sequence[Placement], ways: Sequence[str]) ->
     """This rank's part under the wanted placements. Its gradient finds the way back."""
     if tuple(tensor.placements) != tuple(wanted):
         tensor = tensor.redistribute(placements=list(wanted))
-    part = tensor._local_tensor
-    if isinstance(part, AsyncCollectiveTensor):  # from `redistribute(async_op=True)`: not there yet
-        tensor._local_tensor = part.wait()
     # Of what is whole while the call is not, every rank makes only its shard's part of the gradient.
     grads = [
         Partial("sum") if way != "replicate" and placement.is_replicate() else placement
         for way, placement in zip(ways, wanted, strict=True)
     ]
-    return tensor.to_local(grad_placements=grads)
+    part: torch.Tensor = _Part.apply(tensor, grads)  # type: ignore[no-untyped-call]
+    return part
 
 
-def _localized(arguments: Any, call: _Call) -> Any:
-    if isinstance(arguments, Mapping):
-        return {name: call.locals.get(id(value), value) for name, value in arguments.items()}
-    return [call.locals.get(id(value), value) for value in arguments]
+class _Part(torch.autograd.Function):
+    """`to_local(grad_placements=...)`, which gives the gradient a stride that differs from rank to rank where
+    the shards differ, and leaves a collective that is under way (`async_op=True`) to be waited for."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor, grads: Sequence[Placement]) -> torch.Tensor:
+        ctx.mesh, ctx.shape, ctx.grads = tensor.device_mesh, tensor.shape, grads
+        part = tensor._local_tensor
+        if isinstance(part, AsyncCollectiveTensor):
+            part = part.wait()
+        return part.view_as(part)  # the same memory: the function may write into it
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _of_parts(grad, ctx.mesh, ctx.grads, ctx.shape), None
+
+
+def _of_parts(
+    local: torch.Tensor, mesh: Any, placements: Sequence[Placement], shape: Sequence[int]
+) -> DTensor:
+    """The DTensor of this global shape. Contiguous: what the strides of a rank's part would be for the whole,
+    nobody can tell where a part has one head."""
+    stride = [math.prod(shape[at + 1 :]) for at in range(len(shape))]
+    return DTensor.from_local(
+        local.contiguous(),
+        mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=tuple(stride),
+    )
+
+
+def _localize(bound: inspect.BoundArguments, call: _Call) -> None:
+    for name, value in bound.arguments.items():
+        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            bound.arguments[name] = {n: call.locals.get(n, v) for n, v in value.items()}
+        else:
+            bound.arguments[name] = call.locals.get(name, value)
 
 
 def _assemble(returned: Any, call: _Call) -> Any:
@@ -217,23 +287,7 @@ def _assembled(local: Any, name: str, call: _Call) -> Any:
             )
         shape[at] = call.size(form[at])
         placements.append(Shard(at))
-    return DTensor.from_local(
-        local,
-        call.mesh,
-        placements,
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=_stride_like(local, shape),
-    )
-
-
-def _stride_like(local: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...]:
-    """The stride of the whole, its dims in memory in the same order as those of the local tensor."""
-    stride, size = [0] * len(shape), 1
-    local_stride = local.stride()
-    for at in sorted(range(len(shape)), key=lambda at: (local_stride[at], -at)):
-        stride[at], size = size, size * max(shape[at], 1)
-    return tuple(stride)
+    return _of_parts(local, call.mesh, placements, shape)
 
 
 # --- in place of the functions -------------------------------------------------------------------
@@ -293,5 +347,6 @@ def _holders(module: str, name: str, function: Any) -> list[Any]:
     return [
         loaded
         for path, loaded in [*sys.modules.items()]
-        if path.partition(".")[0] == package and getattr(loaded, "__dict__", {}).get(name) is function
+        if path.partition(".")[0] == package
+        and getattr(loaded, "__dict__", {}).get(name) is function
     ]

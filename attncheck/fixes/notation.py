@@ -18,6 +18,7 @@ This file is part of every module that `attncheck fix` writes: it needs torch al
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -36,6 +37,9 @@ WAYS: Mapping[str, tuple[str, ...]] = {
     "queries": (QUERIES,),
     "replicate": (),
 }
+
+
+NO_STRATEGY_HAS = ", and no strategy has "
 
 
 class Refused(RuntimeError):
@@ -103,6 +107,7 @@ class Dims:
         return next((form for form in self.forms if len(form) == ndim), None)
 
 
+@functools.cache
 def read(text: str) -> Dims:
     """Raises ValueError for a description that is none."""
     first, *rest = (part.strip() for part in text.split(","))
@@ -274,6 +279,9 @@ def _layout(
             gives.append(None)
             continue
         source = dims[result.like] if result.like else result
+        if source.replicated:
+            gives.append(tuple(Replicate() for _ in ways))
+            continue
         made = _results(result, ways, [_place(source, WAYS[way], like, sizes) for way in ways])
         if made is None:
             return None

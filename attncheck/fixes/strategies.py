@@ -24,6 +24,7 @@ from torch.distributed.tensor._collective_utils import redistribute_cost
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from attncheck.fixes.notation import (
+    NO_STRATEGY_HAS,
     Layout,
     Refused,
     Signature,
@@ -152,7 +153,7 @@ def _none_fits(
         for layout in layouts(signature, values, shapes, tuple(mesh.shape))
     ]
     return (
-        f"{signature.op} cannot move what it writes into or gets by keyword, and no strategy has {have}: "
+        f"{signature.op} cannot move what it writes into or gets by keyword{NO_STRATEGY_HAS}{have}: "
         f"bring its arguments to one of these placements before the call: {'; '.join(wanted)}"
     )
 
@@ -265,9 +266,11 @@ def _put(op: Any, forms: Sequence[Signature]) -> Strategy:
         len(declared),
     )
     keywords = [a.name for a in declared if a.kwarg_only]
-    info = schemas.RuntimeSchemaInfo(first, keywords or None, needs_pytree=True)
+    # Looking into lists makes every dispatch half as dear again, so only where they can hold tensors.
+    lists = any("List[" in str(a.type) and "Tensor" in str(a.type) for a in declared)
+    info = schemas.RuntimeSchemaInfo(first, keywords or None, needs_pytree=lists)
     _propagator().register_op_strategy(op, strategy, info)
-    if forms[0].fake:
+    if forms[0].fake and not op.has_kernel_for_dispatch_key("Meta"):
         _give_fake(op, forms)
     return strategy
 
@@ -280,11 +283,12 @@ def _give_fake(op: Any, forms: Sequence[Signature]) -> None:
         tensors = {n: v for n, v in values.items() if isinstance(v, torch.Tensor)}
         like = next(iter(tensors.values()))
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        form = form_of(forms, values)
         made = [
-            None
+            values.get(name)  # what is no tensor: None, or a number that was an argument
             if result is None
             else like.new_empty(result[0], dtype=getattr(torch, result[1]) if result[1] else None)
-            for result in results_shapes(form_of(forms, values), values, shapes)
+            for name, result in zip(form.gives, results_shapes(form, values, shapes), strict=True)
         ]
         return made[0] if len(op._schema.returns) == 1 else tuple(made)
 

@@ -44,11 +44,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             group,
             f"{group.subject} has no sharding strategy: backward fails for {group.cases}",
             message=missing.details(group, refusals, results),
-            remedies=[
-                *remedies.working(group, results),
-                *remedies.local_map(group, results),
-                *remedies.strategy(group.kernel_op),
-            ],
+            remedies=remedies.instead_of_a_strategy(group, results, backward=True),
         )
 
 

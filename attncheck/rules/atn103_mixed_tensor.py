@@ -9,6 +9,8 @@ from attncheck.rules import missing, remedies
 from attncheck.rules.base import Rule
 from attncheck.rules.remedies import PLAIN
 
+INSIDE = "the operator itself makes an ordinary tensor, which DTensor does not take beside its own"
+
 DOCS = """\
 ## What it does
 Names every kernel op that got ordinary tensors and DTensors together, which DTensor refuses.
@@ -42,8 +44,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             message=[*missing.details(group, refusals, results), _where_from(group.results)],
             remedies=[
                 *(wrap if passed else ()),
-                *remedies.working(group, results),
-                *remedies.local_map(group, results),
+                *remedies.on_local_shards(group, results, "" if passed else INSIDE),
                 *(() if passed else wrap),
             ],
         )

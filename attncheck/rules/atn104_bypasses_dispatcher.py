@@ -8,6 +8,8 @@ from attncheck.model import BYPASSES_DISPATCHER, CaseResult, Finding, Remedy, Se
 from attncheck.rules import remedies
 from attncheck.rules.base import Rule, extent, group_by_op
 
+NO_OP = "what it calls is no dispatcher op"
+
 DOCS = """\
 ## What it does
 Fires where a DTensor was about to be handed to a function that is no dispatcher op: a pybind
@@ -40,11 +42,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             f"{group.subject} is no dispatcher op: a DTensor would reach it as a null pointer "
             f"in {group.cases}",
             message=extent(group, results),
-            remedies=[
-                *remedies.local_map(group, results),
-                *remedies.working(group, results),
-                *_newer(group.subject),
-            ],
+            remedies=remedies.on_local_shards(group, results, NO_OP, _newer(group.subject)),
         )
 
 

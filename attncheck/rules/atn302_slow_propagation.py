@@ -51,7 +51,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
                 "It is paid again for every new shape, dtype and scalar argument.",
             ],
             remedies=[
-                *remedies.strategy(group.kernel_op),
+                *remedies.strategy(group, results),
                 *remedies.local_map(group, results),
             ],
         )

@@ -2,6 +2,11 @@
 
 A remedy with evidence names the cases of this scan that show it working; one without says that it
 was not run. Nothing is claimed in between.
+
+They are ranked by measured cost: the bytes that a rank sends in a call, those of getting to another placement
+included, fewest first. Of equals, what this scan saw working comes first, and then what covers more of the
+failing calls. That a strategy or `local_map` costs nothing where each shard is a whole problem is how they
+work and no measurement: they come behind what was measured to cost nothing, and before all that costs.
 """
 
 from __future__ import annotations
@@ -21,8 +26,9 @@ from attncheck.probing import (
     KV_SEQUENCE,
     SEQUENCE,
 )
+from attncheck.rings import redistribution_bytes
 from attncheck.rules import wording
-from attncheck.rules.base import DTENSOR, Group, traffic, uneven_roles
+from attncheck.rules.base import DTENSOR, Group, is_gradient, traffic, uneven_roles
 
 NOT_RUN = "Not run in this scan."
 PLAIN = ("plain",)
@@ -32,6 +38,50 @@ _MAX_OPERATORS = 3
 _MAX_PLACEMENTS = 4
 # Patterns under which each rank's own part is a complete attention problem.
 _LOCAL_PATTERNS = ("replicate", "batch", "heads")
+
+# What attncheck/fixes/ has, by name: it needs torch, and this does not. A test holds them together.
+# Functions that are no dispatcher ops, or whose backward no strategy mends: `attncheck fix` wraps them.
+WRAPPED = frozenset(
+    [
+        "flash_attn.cute.flash_attn_func",
+        "flash_attn.cute.flash_attn_varlen_func",
+        "flash_attn.flash_attn_func",
+        "flash_attn.flash_attn_kvpacked_func",
+        "flash_attn.flash_attn_qkvpacked_func",
+        "flash_attn.flash_attn_varlen_func",
+        "flash_attn.flash_attn_varlen_kvpacked_func",
+        "flash_attn.flash_attn_varlen_qkvpacked_func",
+        "flash_attn.flash_attn_with_kvcache",
+        "sageattention.sageattn",
+        "sageattention.sageattn_varlen",
+        "xformers.ops.memory_efficient_attention",
+    ]
+)
+# Ops whose strategy in torch is wrong in some versions: `attncheck fix` replaces it there.
+OVERRIDDEN: frozenset[str] = frozenset(
+    [
+        "aten._scaled_dot_product_cudnn_attention.default",
+        "aten._scaled_dot_product_cudnn_attention_backward.default",
+        "aten._scaled_dot_product_efficient_attention_backward.default",
+        "aten._scaled_dot_product_flash_attention.default",
+        "aten._scaled_dot_product_flash_attention_backward.default",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A remedy, the bytes that a rank sends with it in a call, and how many failing calls it covers."""
+
+    remedy: Remedy
+    bytes: int = 0
+    covers: int = 0
+
+
+def ranked(priced: Iterable[Priced]) -> list[Remedy]:
+    """The cheapest first; of equals, what was seen working, then what covers more, then as they come."""
+    order = sorted(priced, key=lambda p: (p.bytes, not p.remedy.evidence, -p.covers))
+    return [p.remedy for p in order]
 
 
 def untried(kind: str, text: str, code: str = "") -> Remedy:
@@ -65,6 +115,7 @@ class _Way:
     name: tuple[str, ...]
     covers: int
     cases: tuple[CaseResult, ...]
+    before: int = 0  # bytes sent per rank and call to get there
 
     @property
     def redistributed(self) -> int:
@@ -72,7 +123,7 @@ class _Way:
 
     @property
     def traffic(self) -> int:
-        return max((traffic(r.outcome) for r in self.cases), default=0)
+        return self.before + max((traffic(r.outcome) for r in self.cases), default=0)
 
     @property
     def evidence(self) -> tuple[str, ...]:
@@ -167,7 +218,7 @@ def _works(directions: _Directions, wanted: Iterable[str], free: bool) -> list[C
 
 def _best_first(ways: Iterable[_Way]) -> list[_Way]:
     return sorted(
-        (w for w in ways if w.covers), key=lambda w: (-w.covers, w.redistributed, w.traffic, w.name)
+        (w for w in ways if w.covers), key=lambda w: (w.traffic, w.redistributed, -w.covers, w.name)
     )
 
 
@@ -177,9 +228,7 @@ def _share(covers: int, total: int) -> str:
     return f"in {covers} of the {total} failing combinations of setting, placement and mesh"
 
 
-def other_operators(
-    group: Group, results: Sequence[CaseResult], *, free: bool = False
-) -> list[Remedy]:
+def _other_operators(group: Group, results: Sequence[CaseResult], free: bool) -> list[Priced]:
     """Other operators (or routes of the same one) that work where the group's cases fail."""
     failing = _calls(group.results)
     calls = _calls(results)
@@ -208,7 +257,10 @@ def other_operators(
         for who, covered in shown.items()
     ]
     own = {call.who for call in failing}
-    return [_operator_remedy(way, len(failing), own) for way in _best_first(ways)[:_MAX_OPERATORS]]
+    return [
+        Priced(_operator_remedy(way, len(failing), own), way.traffic, way.covers)
+        for way in _best_first(ways)[:_MAX_OPERATORS]
+    ]
 
 
 def _operator_remedy(way: _Way, total: int, own: set[tuple[str, str, str]]) -> Remedy:
@@ -228,9 +280,7 @@ def _operator_remedy(way: _Way, total: int, own: set[tuple[str, str, str]]) -> R
     return Remedy(kind, text, evidence=way.evidence)
 
 
-def other_placements(
-    group: Group, results: Sequence[CaseResult], *, free: bool = False
-) -> list[Remedy]:
+def _other_placements(group: Group, results: Sequence[CaseResult], free: bool) -> list[Priced]:
     """Placements under which the same operator works, and the redistribution that gets there."""
     calls = _calls(results)
     failing = _calls(group.results)
@@ -245,33 +295,95 @@ def other_placements(
                 continue
             if cases := _works(directions, wanted, free):
                 covered.setdefault(call.placement, []).append((need, cases))
-    ways = _best_first(
-        _Way((name,), len(shown), tuple(case for _, cases in shown for case in cases))
-        for name, shown in covered.items()
-    )[:_MAX_PLACEMENTS]
+    ways = []
+    for name, shown in covered.items():
+        before = max(_getting_there(_any_case(failing[need]), cases[-1]) for need, cases in shown)
+        ways.append(
+            _Way((name,), len(shown), tuple(case for _, cases in shown for case in cases), before)
+        )
+    ways = _best_first(ways)[:_MAX_PLACEMENTS]
     if not ways:
         return []
     # Among equals, a placement that still shares the work goes before one that gives it up.
-    ways.sort(key=lambda w: (-w.covers, _is_replicate(w.name[0])))
+    ways.sort(key=lambda w: (w.traffic, -w.covers, _is_replicate(w.name[0])))
     need, cases = covered[ways[0].name[0]][0]
     names = ", ".join(f"{w.name[0]} ({w.covers} of {len(failing)}, {w.cost})" for w in ways)
-    text = (
-        "Redistribute before the call (which may itself communicate): in this scan the same "
-        f"operator works with {names}."
-    )
+    text = f"Redistribute before the call: in this scan the same operator works with {names}."
+    if not _any_case(failing[need]).tensor_bytes:
+        text += " What the redistribution itself sends is not known."
     if _is_replicate(ways[0].name[0]):
         text += " Replicated, every rank computes the whole attention."
-    code = _redistribute_code(_any_case(failing[need]), cases[0].case)
+    code = _redistribute_code(_any_case(failing[need]), cases[0].case.placements)
     evidence = tuple(sorted({case for way in ways for case in way.evidence}))
-    return [Remedy("redistribute", text, code, evidence)]
+    remedy = Remedy("redistribute", text, code, evidence)
+    return [Priced(remedy, ways[0].traffic, ways[0].covers)]
+
+
+def _getting_there(failing: Case, shown: CaseResult) -> int:
+    """Bytes a rank sends to bring the tensors to where they work; with a gradient, also the way back."""
+    graded = [name for name in shown.outcome.outputs if is_gradient(name)]
+    return _redistribution(
+        failing, shown.case.placements, [g.removeprefix("grad.") for g in graded]
+    )
+
+
+def _redistribution(
+    failing: Case, target: Mapping[str, Sequence[str]], graded: Iterable[str] = ()
+) -> int:
+    mesh, sent = tuple(failing.mesh.values()), 0
+    for name, wanted in target.items():
+        have = failing.placements.get(name, PLAIN)
+        whole = failing.tensor_bytes.get(name, 0)
+        if PLAIN in (have, tuple(wanted)):
+            continue
+        sent += redistribution_bytes(whole, have, wanted, mesh)
+        if name in graded:
+            # The gradient of what was a sum over the ranks is whole.
+            back = ["R" if placement.startswith("P") else placement for placement in have]
+            sent += redistribution_bytes(whole, wanted, back, mesh)
+    return sent
+
+
+def _seen(group: Group, results: Sequence[CaseResult], free: bool = False) -> list[Priced]:
+    return [
+        *_other_operators(group, results, free),
+        *_other_placements(group, results, free),
+    ]
 
 
 def working(group: Group, results: Sequence[CaseResult], *, free: bool = False) -> list[Remedy]:
-    """Everything that this scan has shown to work instead."""
-    return [
-        *other_operators(group, results, free=free),
-        *other_placements(group, results, free=free),
-    ]
+    """Everything that this scan has shown to work instead, and `attncheck fix` where torch's own strategy is
+    known to be wrong."""
+    return ranked([*_seen(group, results, free), *_override(group)])
+
+
+def instead_of_a_strategy(
+    group: Group, results: Sequence[CaseResult], *, backward: bool = False
+) -> list[Remedy]:
+    """What mends an op that DTensor has no strategy for."""
+    return ranked(
+        [
+            *_seen(group, results),
+            *_strategy(group, results, backward),
+            *_local_map(group, results),
+            *_before_the_call(group, results),
+        ]
+    )
+
+
+def on_local_shards(
+    group: Group, results: Sequence[CaseResult], why: str, more: Iterable[Remedy] = ()
+) -> list[Remedy]:
+    """What mends a call that no strategy can; `more` costs nothing. `why` it cannot is a clause, or '' where
+    one could."""
+    return ranked(
+        [
+            *_wrapper(group, results, why),
+            *_seen(group, results),
+            *_local_map(group, results),
+            *map(Priced, more),
+        ]
+    )
 
 
 def _is_replicate(pattern: str) -> bool:
@@ -307,10 +419,10 @@ def _imports(code: str, *names: str) -> str:
     return f"from torch.distributed.tensor import {', '.join(sorted(found))}\n"
 
 
-def _redistribute_code(failing: Case, working_case: Case) -> str:
-    """Bring each tensor from the failing case's placements to the working one's."""
+def _redistribute_code(failing: Case, wanted: Mapping[str, Sequence[str]]) -> str:
+    """Bring each tensor from the failing case's placements to the wanted ones."""
     lines = []
-    for tensor, placements in working_case.placements.items():
+    for tensor, placements in wanted.items():
         if placements == failing.placements.get(tensor) or placements == PLAIN:
             continue
         target = _python_list(placements)
@@ -384,6 +496,10 @@ def _is_wrapped(failed: Case, other: Case) -> bool:
 
 def local_map(group: Group, results: Sequence[CaseResult]) -> list[Remedy]:
     """Run the operator on local shards, where its placements make each shard a whole problem."""
+    return ranked(_local_map(group, results))
+
+
+def _local_map(group: Group, results: Sequence[CaseResult]) -> list[Priced]:
     calls = {(r.case.probe, r.case.operator) for r in group.results}
     if any(
         (r.case.probe, r.case.operator) in calls
@@ -391,15 +507,48 @@ def local_map(group: Group, results: Sequence[CaseResult]) -> list[Remedy]:
         and r.outcome.status.usable
         for r in results
     ):
-        return []  # other_operators has it, with evidence
-    # The operator that is hit most often, then its plainest tensor-parallel case.
+        return []  # _other_operators has it, with evidence
+    found = _nearest(group, results)
+    if found is None:
+        return []
+    case, target = found
+    remedy = _local_map_remedy(case, target, _is_higher_order(group.kernel_op))
+    return [Priced(remedy, _redistribution(case, target.placements))]
+
+
+def _nearest(group: Group, results: Sequence[CaseResult]) -> tuple[Case, _Target] | None:
+    """A failing case, and how to lay it out so that each shard is a whole problem: of the operator that is
+    hit most often its plainest tensor-parallel case; as it is, by heads, or else replicated."""
     often = Counter(r.case.operator for r in group.results)
     ordered = sorted(group.results, key=lambda r: (-often[r.case.operator], *_of_interest(r)))
     ordered = [r for r in ordered if not r.case.communicates]  # such a one needs all ranks at once
     for pick in (_own_target, _heads_target, _replicated_target):
         for result in ordered:
             if target := pick(result, results):
-                return [_local_map_remedy(result.case, target, _is_higher_order(group.kernel_op))]
+                return result.case, target
+    return None
+
+
+def _before_the_call(group: Group, results: Sequence[CaseResult]) -> list[Priced]:
+    """A placement to redistribute to, where the case's own makes no shard a whole problem and nothing was
+    seen working. A strategy would send the same, in every call; one for an op that writes into its arguments
+    may not."""
+    if any(p.remedy.kind == "redistribute" for p in _other_placements(group, results, False)):
+        return []
+    for result in sorted(group.results, key=_of_interest):
+        if result.case.communicates or _own_target(result, results):
+            continue
+        target = _heads_target(result, results)
+        code = _redistribute_code(result.case, target.placements) if target else ""
+        if target and code:
+            sent = _redistribution(result.case, target.placements)
+            how = f", which sends {wording.size(sent)} per rank" if sent else ""
+            text = (
+                f"With {result.case.placement} inputs no shard is a whole attention problem: bring them to "
+                f"{target.pattern} before the call{how}. There a strategy or `local_map` needs no "
+                "communication."
+            )
+            return [Priced(untried("redistribute", text, code), sent)]
     return []
 
 
@@ -417,6 +566,7 @@ class _Target:
     """What `local_map` is told: placements by tensor, as code, and of the output."""
 
     pattern: str
+    placements: Mapping[str, tuple[str, ...]]
     inputs: Mapping[str, str]
     output: str
     replicates_beside_shards: bool
@@ -448,7 +598,8 @@ def _replicated_target(result: CaseResult, results: Sequence[CaseResult]) -> _Ta
         name: "None" if placements == PLAIN else everywhere
         for name, placements in result.case.placements.items()
     }
-    return _Target("replicate", inputs, everywhere, False) if inputs else None
+    whole = {name: ("R",) * len(result.case.mesh) for name in inputs}
+    return _Target("replicate", whole, inputs, everywhere, False) if inputs else None
 
 
 def _target_from(result: CaseResult) -> _Target | None:
@@ -475,7 +626,8 @@ def _target_from(result: CaseResult) -> _Target | None:
     if any(sharded) and whole_mask:  # it may have a dim that the others shard, as above
         return None
     inputs = {name: str(text) for name, text in written.items()}
-    return _Target(case.placement, inputs, out, any(sharded) and not all(sharded))
+    beside = any(sharded) and not all(sharded)
+    return _Target(case.placement, dict(case.placements), inputs, out, beside)
 
 
 def _local_map_remedy(case: Case, target: _Target, higher_order: bool) -> Remedy:
@@ -525,28 +677,65 @@ def _callee(case: Case) -> str:
     return name if name.replace(".", "_").isidentifier() else "attention_function"
 
 
-def strategy(op: str) -> list[Remedy]:
-    """Teach DTensor the op, and say where that goes wrong."""
+def strategy(group: Group, results: Sequence[CaseResult]) -> list[Remedy]:
+    """Teach DTensor the op."""
+    return ranked(_strategy(group, results, backward=False))
+
+
+def _strategy(group: Group, results: Sequence[CaseResult], backward: bool) -> list[Priced]:
+    op = group.kernel_op
     if not op:
         return []
+    found = _nearest(group, results)
+    sent = _redistribution(found[0], found[1].placements) if found else 0
     if _is_higher_order(op):
-        return [
-            untried(
-                "strategy",
-                f"`{op}` is a higher-order op, which `register_sharding` does not take: give it a rule "
-                f"for DTensor, `torch.ops.{op}.py_impl(DTensor)`, that calls it on the local shards, and "
-                f"the other direction's op another. {_LOCAL_POSITIONS}",
-            )
-        ]
-    return [
-        untried(
-            "strategy",
-            f"Register strategies for `{op}` and for the other direction's op with "
-            "`torch.distributed.tensor.experimental.register_sharding`, before their first use. "
-            "An op without a Meta kernel needs one as well (`torch.library.register_fake`): DTensor runs "
-            "it first. "
-            "Flags enter the cache key only through `RuntimeSchemaInfo(static_argnum=...)`, and "
-            "arguments that an op writes in place (`dq`, `dk`, `dv` of flash-attn's backward) must "
-            "never be redistributed.",
+        text = (
+            f"No strategy can be registered for `{op}`, a higher-order op: give it a rule for DTensor, "
+            f"`torch.ops.{op}.py_impl(DTensor)`, that calls it on the local shards, and the other "
+            f"direction's op another. {_LOCAL_POSITIONS}"
         )
-    ]
+        return [Priced(untried("strategy", text), sent)]
+    text = (
+        f"`attncheck fix` writes a module that gives DTensor strategies for `{op}` and for the other "
+        "direction's op, known ones or found by running it on shards, and only what these cases and their "
+        "neighbours then show to be right."
+    )
+    if backward:
+        text += (
+            " An op that writes into its arguments gets one only where these lie alike: bring q, k and v "
+            "to one placement before the call."
+        )
+    return [Priced(untried("strategy", text, _fix(op)), sent)]
+
+
+def _override(group: Group) -> list[Priced]:
+    """Replace torch's own strategy, where it is known to be wrong."""
+    if group.kernel_op not in OVERRIDDEN:
+        return []
+    text = (
+        f"The strategy that torch has for `{group.kernel_op}` is known to be wrong in some versions: "
+        "`attncheck fix` writes one that takes its place there, and verifies it."
+    )
+    return [Priced(untried("strategy", text, _fix(group.kernel_op)))]
+
+
+def _wrapper(group: Group, results: Sequence[CaseResult], why: str) -> list[Priced]:
+    """Take the place of a function that DTensor cannot intercept."""
+    names = Counter(r.case.function or r.case.operator for r in group.results)
+    known = [name for name, _ in names.most_common() if name in WRAPPED]
+    if not known or not why:
+        return []
+    found = _nearest(group, results)
+    sent = _redistribution(found[0], found[1].placements) if found else 0
+    text = (
+        f"No strategy can mend this: {why}. `attncheck fix` writes a wrapper that takes the place of "
+        f"`{known[0]}` and calls it on local shards, and verifies it."
+    )
+    return [Priced(untried("strategy", text, _fix(known[0])), sent)]
+
+
+def _fix(name: str) -> str:
+    return (
+        f"attncheck fix --from report.json --kernel-op '{name}' --write attncheck_fixes.py"
+        "  # of --output json:report.json\n"
+    )

@@ -6,11 +6,10 @@ goes on, so that one run names all that is missing and not only the first. The l
 DTensor really does with the local tensors, and counts collectives there; `CommDebugMode` sits above
 modules and has been seen to miscount.
 
-Bytes are what one rank sends under a ring algorithm, n ranks, per-rank input of b bytes:
-all_gather (n-1)*b, all_reduce 2*(n-1)/n*b, reduce_scatter and all_to_all (n-1)/n*b, broadcast b.
-That is what the collective that was asked for costs where it is real. Held against the kernel's count of
-bytes that gloo sent (tests/functional/test_collectives.py): all_gather and all_reduce agree to 2 %; gloo
-emulates reduce_scatter by all_reduce and all_to_all by all_gather, and so sends 2 and n times as much.
+Bytes are what one rank sends under a ring algorithm (see attncheck.rings). That is what the collective that
+was asked for costs where it is real. Held against the kernel's count of bytes that gloo sent
+(tests/functional/test_collectives.py): all_gather and all_reduce agree to 2 %; gloo emulates reduce_scatter
+by all_reduce and all_to_all by all_gather, and so sends 2 and n times as much.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from attncheck.model import Collective, KernelOp, MissingOp
+from attncheck.rings import ring_bytes
 from attncheck.runner import blame, compat
 
 STATE_BYTES = 256
@@ -58,21 +58,6 @@ _COLLECTIVES = {
 # Ops without a kernel, which autograd adds behind the one that a user calls: no rank waits or dies in them.
 _ALIASES = ("aten.detach.default", "aten.alias.default")
 _COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
-
-
-def ring_bytes(name: str, local_bytes: int, ranks: int) -> int:
-    """Bytes one of `ranks` ranks sends for a collective on its input of `local_bytes` bytes.
-
-    Raises KeyError for a collective without a formula here.
-    """
-    return {
-        "all_gather": (ranks - 1) * local_bytes,
-        "all_reduce": 2 * (ranks - 1) * local_bytes // ranks,
-        "reduce_scatter": (ranks - 1) * local_bytes // ranks,
-        "all_to_all": (ranks - 1) * local_bytes // ranks,
-        "broadcast": local_bytes,
-        "scatter": local_bytes,
-    }[name]
 
 
 @dataclass

@@ -31,7 +31,7 @@ from attncheck.model import (
     to_json,
 )
 from attncheck.plan import Selection, plan_meshes
-from attncheck.probing import Probe, Setting
+from attncheck.probing import Operator, Probe, Setting
 from attncheck.runner import crosscheck, journal, launch
 from attncheck.runner.rundir import RunConfig, RunDir
 
@@ -85,7 +85,9 @@ def _check_request(request: ScanRequest) -> None:
             raise UserError(f"Probe file {file} does not exist.")
     for file in request.fixes:
         if not Path(file).is_file():
-            raise UserError(f"Fix file {file} does not exist; expected one that attncheck fix wrote.")
+            raise UserError(
+                f"Fix file {file} does not exist; expected one that attncheck fix wrote."
+            )
     if request.device == "cuda" and environment.gpu() == "none":
         raise UserError("--device cuda: this machine has no NVIDIA driver; use --device cpu.")
     if request.engine not in crosscheck.ENGINES:
@@ -110,11 +112,10 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
         log(sentence)
     imports = (*request.imports, *_installed_imports(shelf.probes, request))
     if not imports:  # with some, what there is to plan is only known later
-        plan_meshes(shelf.probes, request.meshes, request.selection)
-    path: list[str] = []
+        known = [_with_settings(p, request.settings) for p in shelf.probes]
+        plan_meshes(known, request.meshes, request.selection)
     provisioned = time.time()
-    for requirement in request.with_packages:
-        path.append(str(provision.ensure(provision.parse(requirement), log=log)))
+    path = _provisioned(request, log)
     phases = {"provision": round(time.time() - provisioned, 2)}
     found = _look(shelf.probes, imports, request, path)
     probes = [plugins.with_discovered(p, found.ops) for p in shelf.probes]
@@ -166,6 +167,20 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     except OSError as error:
         raise UserError(f"Cannot write the run folder {run.path}: {error.strerror}.") from None
     return _run(run, config, cases, log, on_progress)
+
+
+def operators_of(request: ScanRequest) -> list[Operator]:
+    """Every operator that a scan of this request could choose from. Raises UserError."""
+    probes = plugins.load_probes([Path(p) for p in request.probe_files]).probes
+    imports = (*request.imports, *_installed_imports(probes, request))
+    found = _look(probes, imports, request, _provisioned(request, lambda message: None))
+    return [o for p in probes for o in plugins.with_discovered(p, found.ops).operators]
+
+
+def _provisioned(request: ScanRequest, log: Log) -> list[str]:
+    """The folders of the packages that are asked for."""
+    asked = map(provision.parse, request.with_packages)
+    return [str(provision.ensure(package, log=log)) for package in asked]
 
 
 def _with_settings(probe: Probe, settings: Mapping[str, tuple[Setting, ...]]) -> Probe:

@@ -164,6 +164,7 @@ class Worker:
             became = plugins.register_fix(Path(file))
             if self.journal is not None:
                 self.journal.note("fix", file=file, ops=became)
+        self.forget_prepared()  # a function that a fix stands in front of is another one
 
     def forget_prepared(self) -> None:
         self.prepared = None

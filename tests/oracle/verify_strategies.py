@@ -10,6 +10,7 @@ on each piece, and the results, put together as the row says, are held against t
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,9 +47,15 @@ class Call:
     buffers: Mapping[str, torch.Tensor]
 
 
+# By op: the arguments that it writes into.
+WRITTEN = {name: tuple(table.buffers) for name, table in strategies.TABLES.items()}
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
+    def __init__(self, written: Mapping[str, Sequence[str]]) -> None:
+        """`written`: the ops to record, and which arguments each writes into."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self.written = written
         self.calls: list[Call] = []
 
     def __torch_dispatch__(
@@ -56,7 +63,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         name = str(func)
-        if name not in strategies.TABLES:
+        if name not in self.written:
             return func(*args, **kwargs)
         names = [argument.name for argument in func._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -65,7 +72,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = returned if isinstance(returned, tuple) else (returned,)
         after = {
             k: given[k].detach().clone()
-            for k in strategies.TABLES[name].buffers
+            for k in self.written[name]
             if _is_tensor(given.get(k))
         }
         kept = tuple(r.detach().clone() if _is_tensor(r) else r for r in results)
@@ -77,20 +84,24 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def recorded(operator: Operator, setting: Setting) -> list[Call]:
+def recorded(
+    operator: Operator, setting: Setting, written: Mapping[str, Sequence[str]] = WRITTEN
+) -> list[Call]:
     """What the operator calls on whole tensors, forward and backward."""
     # The strategies themselves are for DTensors: here nothing is registered.
     operator = replace(operator, around=_without_registering(operator))
     specs = operator.tensors(setting)
     wholes = cases.whole_tensors(operator.name, setting, specs, SEED)
-    with Recorder() as recorder, operator.around() if operator.around else nullcontext():
+    around = operator.around() if operator.around else nullcontext()
+    with Recorder(written) as recorder, around:
         cases.run_whole(operator, setting, specs, wholes, SEED, "cpu")
     return recorder.calls
 
 
 def _without_registering(operator: Operator) -> Any:
-    """The operator's own context: the first argument of verified_probe.around."""
-    return operator.around.args[0] if operator.around is not None else None  # type: ignore[attr-defined]
+    """The operator's own context: of one of verified_probe, the first argument of its `around`."""
+    around: Any = operator.around
+    return around.args[0] if isinstance(around, functools.partial) else around
 
 
 def verify(call: Call, ranks: int) -> dict[str, float]:

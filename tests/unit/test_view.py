@@ -238,7 +238,7 @@ def test_remedies_say_whether_they_were_seen_working() -> None:
     assert shown("Use it.", wrong[0]) == absent
 
 
-def test_the_first_remedy_has_code_and_better_a_proof() -> None:
+def test_the_first_remedy_is_the_best_one_that_has_code() -> None:
     right = next(r for r in sample_report.results() if r.outcome.status.usable)
 
     def first(*remedies: Remedy) -> int | None:
@@ -250,7 +250,8 @@ def test_the_first_remedy_has_code_and_better_a_proof() -> None:
     assert first() is None
     assert first(plain) == 0
     assert first(plain, code) == 1
-    assert first(plain, code, proven) == 2
+    assert first(plain, code, proven) == 1  # rules rank them
+    assert first(plain, plain) == 0
 
 
 def test_cases_that_did_not_run(sample) -> None:

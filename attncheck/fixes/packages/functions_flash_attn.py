@@ -28,43 +28,38 @@ VARLEN_GIVES = {"out": "t h d", "softmax_lse": "h t | n h longest", "S_dmask": "
 QUERY_LENGTHS = {"cu_seqlens_q": "replicated"}
 LENGTHS = {**QUERY_LENGTHS, "cu_seqlens_k": "replicated"}
 
-# What decoding takes besides the caches and new keys and values.
+CACHED = "flash_attn.flash_attn_with_kvcache"
+# What decoding takes besides queries, caches, and new keys and values.
+TABLES = {"rotary_cos": "replicated", "rotary_sin": "replicated"}
 DECODING = {
-    "rotary_cos": "replicated",
-    "rotary_sin": "replicated",
+    **TABLES,
     "cache_seqlens": "b",
     "cache_leftpad": "b",
-    "alibi_slopes": "h | b h",
+    **SLOPES,
 }
-NEW = {"k": "b sq g d", "v": "b sq g d"}
+NEW = {"k": "b new g d", "v": "b new g d"}
 DECODED = {"out": "b sq h d", "softmax_lse": "b h sq"}
-CACHED = "flash_attn.flash_attn_with_kvcache"
-# Rows of caches that sequences choose by number: a rank needs all of them, and where it appends, so do the
-# others. So sequences `n` are not sharded there.
-CHOSEN_DECODING = {
-    **{name: text.replace("b", "n") for name, text in DECODING.items() if name[0] == "c"},
-    "rotary_cos": "replicated",
-    "rotary_sin": "replicated",
-    "alibi_slopes": "h | n h",
-    "cache_batch_idx": "n",
-    "block_table": "n pages_of_one",
-}
-CHOSEN_NEW = {"k": "n sq_new g d", "v": "n sq_new g d"}
-CHOSEN_DECODED = {"out": "n sq_new h d", "softmax_lse": "n h sq_new"}
 
 
-def _chosen(cache: str, when: Mapping[str, Any]) -> Signature:
+def _chosen(cache: str, how: str) -> Signature:
+    """Sequences (`n`) that choose rows of the caches by number: a rank needs all rows, and all ranks need
+    what one appends. So sequences are not sharded."""
     return Signature(
         CACHED,
         takes={
-            "q": "n sq_new h d",
+            "q": "n sq h d",
             "k_cache": f"{cache}, in place",
             "v_cache": f"{cache}, in place",
-            **CHOSEN_NEW,
-            **CHOSEN_DECODING,
+            "k": "n new g d",
+            "v": "n new g d",
+            **TABLES,
+            "cache_seqlens": "n",
+            "cache_leftpad": "n",
+            "alibi_slopes": "h | n h",
+            how: "n pages" if how == "block_table" else "n",
         },
-        gives=CHOSEN_DECODED,
-        when=when,
+        gives={"out": "n sq h d", "softmax_lse": "n h sq"},
+        when={how: GIVEN},
     )
 
 
@@ -123,8 +118,8 @@ FUNCTIONS = (
         needs=NO_DROPOUT,
         because=BECAUSE,
     ),
-    _chosen("pages rows g d", {"block_table": GIVEN}),
-    _chosen("rows sk g d", {"cache_batch_idx": GIVEN}),
+    _chosen("pages rows g d", "block_table"),
+    _chosen("rows sk g d", "cache_batch_idx"),
     Signature(
         CACHED,
         takes={

@@ -1,4 +1,5 @@
-"""`F.scaled_dot_product_attention` on a CPU: PyTorch has no strategy for either direction (2.6 to 2.15)."""
+"""The ops of `F.scaled_dot_product_attention` that PyTorch has no strategy for (2.6 to 2.15), either direction:
+what it calls on a CPU, and what XPU and out-of-tree devices override."""
 
 from __future__ import annotations
 
@@ -7,15 +8,14 @@ from attncheck.fixes.notation import Signature
 NO_DROPOUT = {"dropout_p": 0.0}
 BECAUSE = "shards that draw from equal seeds share a dropout mask, and replicas that do not differ"
 
+QKV = {"query": "b h sq d", "key": "b g sk d", "value": "b g sk d"}
+SAVED = {"out": "b h sq d", "logsumexp": "b h sq"}
+MASK = "b h sq sk | sq sk"
+
 SIGNATURES = (
     Signature(
         "aten._scaled_dot_product_flash_attention_for_cpu.default",
-        takes={
-            "query": "b h sq d",
-            "key": "b g sk d",
-            "value": "b g sk d",
-            "attn_mask": "b h sq sk | sq sk",
-        },
+        takes={**QKV, "attn_mask": MASK},
         gives={"output": "b h sq d", "logsumexp": "b h sq"},
         needs=NO_DROPOUT,
         queries={"is_causal": False},
@@ -23,15 +23,7 @@ SIGNATURES = (
     ),
     Signature(
         "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
-        takes={
-            "grad_out": "b h sq d",
-            "query": "b h sq d",
-            "key": "b g sk d",
-            "value": "b g sk d",
-            "out": "b h sq d",
-            "logsumexp": "b h sq",
-            "attn_mask": "b h sq sk | sq sk",
-        },
+        takes={"grad_out": "b h sq d", **QKV, **SAVED, "attn_mask": MASK},
         gives={
             "grad_query": "b h sq d",
             "grad_key": "b g sk d, summed over h sq",
@@ -39,6 +31,43 @@ SIGNATURES = (
         },
         needs=NO_DROPOUT,
         queries={"is_causal": False},
+        because=BECAUSE,
+    ),
+    # No queries: the forward returns how many there were on its rank, as a number that the backward gets.
+    Signature(
+        "aten._scaled_dot_product_fused_attention_overrideable.default",
+        takes={**QKV, "attn_bias": MASK},
+        gives={
+            "output": "b h sq d",
+            "logsumexp": "b h sq",
+            "cum_seq_q": "none",
+            "cum_seq_k": "none",
+            "max_q": "none",
+            "max_k": "none",
+            "philox_seed": "replicated",
+            "philox_offset": "replicated",
+            "debug_attn_mask": "none",
+        },
+        needs=NO_DROPOUT,
+        because=BECAUSE,
+    ),
+    Signature(
+        "aten._scaled_dot_product_fused_attention_overrideable_backward.default",
+        takes={
+            "grad_out": "b h sq d",
+            **QKV,
+            "attn_bias": MASK,
+            **SAVED,
+            "philox_seed": "replicated",
+            "philox_offset": "replicated",
+        },
+        gives={
+            "grad_query": "b h sq d",
+            "grad_key": "b g sk d, summed over h",
+            "grad_value": "b g sk d, summed over h",
+            "grad_attn_bias": "like attn_bias, summed over b h, if grad_input_mask[3]",
+        },
+        needs=NO_DROPOUT,
         because=BECAUSE,
     ),
 )

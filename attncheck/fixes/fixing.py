@@ -1,0 +1,306 @@
+"""From findings to a module: which ops need a strategy, where it comes from, whether it is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import fnmatch
+import tempfile
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from attncheck import environment, plugins
+from attncheck.errors import UserError
+from attncheck.fixes import emit, packages, verify
+from attncheck.fixes.notation import NO_STRATEGY_HAS, Signature
+from attncheck.fixes.verify import Evidence, Progress
+from attncheck.model import CaseResult, Report, Status, load_report
+from attncheck.plan import Selection
+from attncheck.probing import Operator
+from attncheck.rules import wording
+from attncheck.runner import scan
+from attncheck.runner.scan import ScanRequest
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FixRequest:
+    """What to mend. `report`: a saved one, None to scan first; `scan`: how (of a saved report: what its
+    environment does not say); `kernel_ops`: globs, empty for all that need it; `unverified`: write also
+    what failed; `name`: what the module will be called."""
+
+    report: Path | None
+    scan: ScanRequest
+    kernel_ops: tuple[str, ...] = ()
+    unverified: bool = False
+    name: str = "attncheck_fixes"
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What came of it. `text`: the module, '' where there is nothing to write; `report`: the cases with
+    the fix, each with its status before; `evidence`: for each op that was asked for; `unmended`: ops for
+    which there is no strategy, and why."""
+
+    text: str
+    report: Report
+    evidence: tuple[Evidence, ...]
+    unmended: Mapping[str, str]
+    seconds: float
+
+
+def fix(request: FixRequest, log: Log, on_progress: Progress) -> Fixed:
+    """Find, synthesise, verify. Raises UserError, or launch.Interrupted."""
+    request, found = _found(request, log, on_progress)
+    wanted = wanted_ops(found.cases, request.kernel_ops)
+    known = {s.op for s in packages.known()}
+    signatures = [s for s in packages.known() if s.op in wanted]
+    unmended = {op: "nobody described it" for op in wanted if op not in known}
+    if unmended:
+        made, unmended = _synthesised(request, found, unmended, log)
+        signatures += made
+    if not signatures:
+        return Fixed("", found, (), unmended, 0.0)
+    report, evidence = _verified(request, found, signatures, log, on_progress)
+    failed = {e.op for e in evidence if not e.verified}
+    if failed and failed != {s.op for s in signatures} and not request.unverified:
+        # What is left must be right without the others.
+        signatures = [s for s in signatures if s.op not in failed]
+        report, again = _verified(request, found, signatures, log, on_progress)
+        evidence = (*again, *(e for e in evidence if e.op in failed))
+    shipped = [s for s in signatures if request.unverified or _evidence_of(s.op, evidence).verified]
+    text = ""
+    if shipped:
+        lines = header(report, [e for e in evidence if e.op in {s.op for s in shipped}])
+        text = emit.module(shipped, evidence=lines, name=request.name)
+    return Fixed(text, report, evidence, unmended, float(report.environment["wall_seconds"]))
+
+
+def _evidence_of(op: str, evidence: Iterable[Evidence]) -> Evidence:
+    return next(e for e in evidence if e.op == op)
+
+
+# --- what to mend --------------------------------------------------------------------------------
+
+
+def _found(request: FixRequest, log: Log, on_progress: Progress) -> tuple[FixRequest, Report]:
+    """The report to start from, and the request with what a saved one says of how it was made."""
+    if request.report is not None:
+        found = read(request.report)
+        return dataclasses.replace(request, scan=_as_scanned(request.scan, found)), found
+    asked = request.scan
+    if request.kernel_ops and not asked.selection.operators:
+        # An op that no built-in operator names may be one that an import registers.
+        names = tuple(o.name for o in _operators(asked) if _reaching(o, request.kernel_ops))
+        if names and not asked.imports:
+            selection = dataclasses.replace(asked.selection, operators=names)
+            asked = dataclasses.replace(asked, selection=selection)
+    log("scanning what is to be mended")
+    found = scan.scan(asked, log, on_progress)
+    seed = int(found.environment["seed"])
+    return dataclasses.replace(request, scan=dataclasses.replace(request.scan, seed=seed)), found
+
+
+def read(path: Path) -> Report:
+    """A saved report that was made with the torch that is here. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{path} is not a text file; expected a report written by --output json."
+        ) from None
+    report = load_report(text, str(path))
+    theirs = dict(report.environment.get("packages") or {}).get("torch", "none")
+    ours = environment.packages().get("torch", "none")
+    if theirs != ours:
+        raise UserError(
+            f"{path} was made with torch {theirs}, and here is {ours}: strategies differ between versions, "
+            "so scan again here."
+        )
+    return report
+
+
+def _as_scanned(request: ScanRequest, report: Report) -> ScanRequest:
+    """How the report was made. Code that it names (probes, imports) is run only where it is asked for."""
+    env = report.environment
+    mesh = env.get("mesh") or {"tp": 2}
+    return dataclasses.replace(
+        request,
+        selection=Selection(level=str(env.get("level") or "default")),
+        meshes=tuple(mesh) if isinstance(mesh, list) else (mesh,),
+        seed=int(env.get("seed", 0)),
+        device=str(env.get("device") or "cpu"),
+        with_packages=request.with_packages or tuple(map(str, env.get("with", ()))),
+    )
+
+
+def wanted_ops(results: Sequence[CaseResult], globs: Sequence[str]) -> list[str]:
+    """The ops that need a strategy: refused ones, those whose own is known to be wrong, and what runs in
+    the other direction of either.
+
+    Raises UserError for a glob that no op of the report matches.
+    """
+    overridden = {s.op for s in packages.known() if s.overrides is not None}
+    refused = {op for r in results for op in verify.refused_ops(r.outcome)}
+    broken = {
+        r.outcome.kernel_op
+        for r in results
+        if r.outcome.status.ran
+        and not r.outcome.status.usable
+        and r.outcome.kernel_op in overridden
+    }
+    met = {k.op for r in results for k in r.outcome.kernel_ops} | refused | broken
+    for glob in globs:
+        if not any(_matches(op, glob) for op in met):
+            raise UserError(
+                f"No kernel op of these cases matches {glob!r}; they reached "
+                f"{wording.listing(met, limit=12) or 'none: nothing ran'}."
+            )
+    need = refused | broken
+    need |= {partner for op in need if (partner := _other_direction(op, met))}
+    return sorted(op for op in need if not globs or any(_matches(op, glob) for glob in globs))
+
+
+def _other_direction(op: str, met: Iterable[str]) -> str:
+    """The op of the other direction, by the names that the field uses, where attncheck knows it."""
+    known = {s.op for s in packages.known()} & {*met}
+    for a, b in (("forward", "backward"), ("fwd", "bwd")):
+        for swapped in (op.replace(a, b), op.replace(b, a)):
+            if swapped != op and swapped in known:
+                return swapped
+    base, dot, overload = op.rpartition(".")
+    other = base.removesuffix("_backward") if base.endswith("_backward") else f"{base}_backward"
+    return f"{other}{dot}{overload}" if f"{other}{dot}{overload}" in known else ""
+
+
+def _matches(op: str, glob: str) -> bool:
+    # `my::attention` is how its author writes it, `my.attention.default` how PyTorch does.
+    pattern = glob.replace("::", ".")
+    return any(fnmatch.fnmatchcase(op, p) for p in (pattern, f"{pattern}.default"))
+
+
+def _reaching(operator: Operator, globs: Sequence[str]) -> bool:
+    return any(_matches(op, glob) for op in operator.kernel_ops for glob in globs)
+
+
+def _operators(request: ScanRequest) -> list[Operator]:
+    shelf = plugins.load_probes([Path(p) for p in request.probe_files])
+    return [operator for probe in shelf.probes for operator in probe.operators]
+
+
+# --- strategies that nobody described ------------------------------------------------------------
+
+
+def _synthesised(
+    request: FixRequest, found: Report, wanted: Mapping[str, str], log: Log
+) -> tuple[list[Signature], dict[str, str]]:
+    """Signatures found by running the ops, and why there is none of the others."""
+    raise NotImplementedError
+
+
+# --- verification --------------------------------------------------------------------------------
+
+
+def _verified(
+    request: FixRequest,
+    found: Report,
+    signatures: Sequence[Signature],
+    log: Log,
+    on_progress: Progress,
+) -> tuple[Report, tuple[Evidence, ...]]:
+    """The cases with these signatures registered, and what they say of each op."""
+    ops = list(dict.fromkeys(s.op for s in signatures))
+    reached = {r.case.operator for r in found.cases for op in ops if verify.reaches(r.outcome, op)}
+    operators = [o for o in scan.operators_of(request.scan) if o.name in reached]
+    if missing := sorted(reached - {o.name for o in operators}):
+        raise UserError(
+            f"The report has cases of {missing[0]}, which is not here: give its --probe or --import again."
+        )
+    with tempfile.TemporaryDirectory(prefix="attncheck-fix-") as folder:
+        file = Path(folder, "candidate.py")
+        file.write_text(emit.module(signatures), encoding="utf-8")
+        report = verify.verify(operators, file, found, request.scan, log, on_progress)
+    return report, tuple(verify.evidence(op, ops, report.cases) for op in ops)
+
+
+def header(report: Report, evidence: Sequence[Evidence]) -> list[str]:
+    """What a module says of how it was verified."""
+    env = report.environment
+    packages_ = ", ".join(f"{n} {v}" for n, v in dict(env.get("packages") or {}).items())
+    meshes = {wording.mesh(r.case.mesh) for r in report.cases}
+    dtypes = {str(r.case.setting.get("dtype")) for r in report.cases}
+    right = [e for e in evidence if e.verified]
+    lines = [
+        f"Verified on {datetime.date.today().isoformat()} by `{env.get('command', '')}`:",
+        f"{packages_}; Python {env.get('python')}; device {env.get('device')}; meshes",
+        f"{', '.join(sorted(meshes))}; {', '.join(sorted(dtypes))}; seed {env.get('seed')}.",
+    ]
+    lines += [f"Stand-in kernels: {sentence}" for sentence in env.get("standins", ())]
+    lines += [line for e in right for line in ("", *_evidence_lines(e))]
+    if wrong := [e for e in evidence if not e.verified]:
+        lines += ["", "NOT VERIFIED, and shipped because --unverified was given:"]
+        lines += [line for e in wrong for line in ("", *_evidence_lines(e))]
+    return [part for line in lines for part in _wrapped(line)]
+
+
+def _wrapped(line: str) -> list[str]:
+    indent = "    " if line.startswith(" ") else ""
+    return textwrap.wrap(line, emit.WIDTH, subsequent_indent=indent, break_long_words=False) or [""]
+
+
+def _evidence_lines(e: Evidence) -> list[str]:
+    lines = [
+        f"{e.op}",
+        f"  {e.right} of {wording.count(e.cases, 'case')} right, with errors up to {e.ratio:.2f} of their "
+        f"bound; before: {_counts(e.before)}; after: {_counts(e.after)}",
+    ]
+    lines += [f"  refused in {n}: {why}" for why, n in _reasons(e).items()]
+    lines += [f"  fails: {text}" for text in e.failed[:20]]
+    if len(e.failed) > 20:
+        lines.append(f"  and {len(e.failed) - 20} more")
+    if e.elsewhere:
+        more = wording.count(len(e.elsewhere), "more case")
+        lines.append(
+            f"  {more} fail for what this strategy cannot mend, the first: {e.elsewhere[0]}"
+        )
+    if e.unchanged:
+        lines.append(f"  {wording.count(len(e.unchanged), 'case')} fail as they did before")
+    return lines
+
+
+def _reasons(e: Evidence) -> dict[str, int]:
+    """Refusals by their reason: those that differ in placements alone are one."""
+    cases: Counter[str] = Counter()
+    placements: dict[str, list[str]] = {}
+    for sentence, n in sorted(e.refused.items()):
+        why, found, rest = sentence.removeprefix(e.op).strip().partition(NO_STRATEGY_HAS)
+        cases[why] += n
+        if found:
+            placements.setdefault(why, []).append(rest.partition(":")[0])
+    return {
+        why + (f"; so placed: {'; '.join(placements[why])}" if why in placements else ""): n
+        for why, n in cases.items()
+    }
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    order = [*(s.value for s in Status), "not run"]
+    return ", ".join(f"{counts[s]} {s}" for s in order if s in counts)
+
+
+def summary(fixed: Fixed) -> list[str]:
+    """What a user reads: op by op, before and after, and what is left to do."""
+    lines = []
+    for e in fixed.evidence:
+        lines += [
+            f"{'verified' if e.verified else 'NOT VERIFIED'}  {e.op}",
+            *_evidence_lines(e)[1:],
+        ]
+    lines += [f"no strategy  {op}: {why}" for op, why in sorted(fixed.unmended.items())]
+    return lines
