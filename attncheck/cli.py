@@ -498,10 +498,13 @@ def _fix_request(options: dict[str, Any], target: Target) -> FixRequest:
     from attncheck.plan import Selection, parse_mesh
     from attncheck.runner.scan import ScanRequest
 
+    # `my::attention` is an op, and no operator's name.
+    ops = tuple(name for name in options["operator"] if "::" in name)
+    operators = tuple(name for name in options["operator"] if "::" not in name)
     return FixRequest(
         report=options["from"],
         scan=ScanRequest(
-            selection=Selection(operators=options["operator"]),
+            selection=Selection(operators=operators),
             meshes=_meshes(options["mesh"], None, parse_mesh),
             device=_device(options["device"] or "cpu"),
             seed=options["seed"],
@@ -510,7 +513,7 @@ def _fix_request(options: dict[str, Any], target: Target) -> FixRequest:
             imports=options["imports"],
             command="attncheck " + " ".join(sys.argv[1:]),
         ),
-        kernel_ops=options["kernel-op"],
+        kernel_ops=(*options["kernel-op"], *ops),
         unverified=options["unverified"],
         name=target.module_name,
     )

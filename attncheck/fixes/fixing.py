@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from attncheck import environment, plugins
-from attncheck.errors import UserError
-from attncheck.fixes import emit, packages, verify
+from attncheck import environment
+from attncheck.errors import UserError, unknown
+from attncheck.fixes import emit, packages, synthesis, verify
 from attncheck.fixes.notation import NO_STRATEGY_HAS, Signature
 from attncheck.fixes.verify import Evidence, Progress
-from attncheck.model import CaseResult, Report, Status, load_report
+from attncheck.model import BYPASSES_DISPATCHER, CaseResult, Report, Status, load_report
 from attncheck.plan import Selection
 from attncheck.probing import Operator
 from attncheck.rules import wording
@@ -50,38 +50,28 @@ class Fixed:
     report: Report
     evidence: tuple[Evidence, ...]
     unmended: Mapping[str, str]
-    seconds: float
 
 
 def fix(request: FixRequest, log: Log, on_progress: Progress) -> Fixed:
-    """Find, synthesise, verify. Raises UserError, or launch.Interrupted."""
+    """Find, synthesise, verify. Raises UserError, or launch.Interrupted.
+
+    Functions are wrapped for what strategies do not mend, so they come second.
+    """
     request, found = _found(request, log, on_progress)
     wanted = wanted_ops(found.cases, request.kernel_ops)
     known = {s.op for s in packages.known()}
     signatures = [s for s in packages.known() if s.op in wanted]
-    unmended = {op: "nobody described it" for op in wanted if op not in known}
-    if unmended:
-        made, unmended = _synthesised(request, found, unmended, log)
-        signatures += made
-    if not signatures:
-        return Fixed("", found, (), unmended, 0.0)
-    report, evidence = _verified(request, found, signatures, log, on_progress)
-    failed = {e.op for e in evidence if not e.verified}
-    if failed and failed != {s.op for s in signatures} and not request.unverified:
-        # What is left must be right without the others.
-        signatures = [s for s in signatures if s.op not in failed]
-        report, again = _verified(request, found, signatures, log, on_progress)
-        evidence = (*again, *(e for e in evidence if e.op in failed))
-    shipped = [s for s in signatures if request.unverified or _evidence_of(s.op, evidence).verified]
+    made, unmended = _synthesised(request, found, [op for op in wanted if op not in known], log)
+    verification = _Verification(request, found, log, on_progress)
+    shipped = verification.settle([*signatures, *made])
+    functions = wanted_functions(verification.report.cases, request.kernel_ops)
+    shipped += verification.settle(functions, beside=shipped)
     text = ""
     if shipped:
-        lines = header(report, [e for e in evidence if e.op in {s.op for s in shipped}])
-        text = emit.module(shipped, evidence=lines, name=request.name)
-    return Fixed(text, report, evidence, unmended, float(report.environment["wall_seconds"]))
-
-
-def _evidence_of(op: str, evidence: Iterable[Evidence]) -> Evidence:
-    return next(e for e in evidence if e.op == op)
+        ops = {s.op for s in shipped}
+        evidence = [e for e in verification.evidence if e.op in ops]
+        text = _module(shipped, header(verification.report, evidence), request.name)
+    return Fixed(text, verification.report, tuple(verification.evidence), unmended)
 
 
 # --- what to mend --------------------------------------------------------------------------------
@@ -94,11 +84,13 @@ def _found(request: FixRequest, log: Log, on_progress: Progress) -> tuple[FixReq
         return dataclasses.replace(request, scan=_as_scanned(request.scan, found)), found
     asked = request.scan
     if request.kernel_ops and not asked.selection.operators:
-        # An op that no built-in operator names may be one that an import registers.
-        names = tuple(o.name for o in _operators(asked) if _reaching(o, request.kernel_ops))
-        if names and not asked.imports:
-            selection = dataclasses.replace(asked.selection, operators=names)
-            asked = dataclasses.replace(asked, selection=selection)
+        operators = scan.operators_of(asked)
+        names = tuple(o.name for o in operators if _reaching(o, request.kernel_ops))
+        if not names:
+            ops = (op for o in operators for op in (*o.kernel_ops, o.function))
+            raise unknown("kernel op", request.kernel_ops[0], [op for op in ops if op])
+        selection = dataclasses.replace(asked.selection, operators=names)
+        asked = dataclasses.replace(asked, selection=selection)
     log("scanning what is to be mended")
     found = scan.scan(asked, log, on_progress)
     seed = int(found.environment["seed"])
@@ -156,8 +148,9 @@ def wanted_ops(results: Sequence[CaseResult], globs: Sequence[str]) -> list[str]
         and r.outcome.kernel_op in overridden
     }
     met = {k.op for r in results for k in r.outcome.kernel_ops} | refused | broken
+    functions = {r.case.function for r in results}
     for glob in globs:
-        if not any(_matches(op, glob) for op in met):
+        if not any(_matches(op, glob) for op in met | functions):
             raise UserError(
                 f"No kernel op of these cases matches {glob!r}; they reached "
                 f"{wording.listing(met, limit=12) or 'none: nothing ran'}."
@@ -165,6 +158,26 @@ def wanted_ops(results: Sequence[CaseResult], globs: Sequence[str]) -> list[str]
     need = refused | broken
     need |= {partner for op in need if (partner := _other_direction(op, met))}
     return sorted(op for op in need if not globs or any(_matches(op, glob) for glob in globs))
+
+
+def wanted_functions(results: Sequence[CaseResult], globs: Sequence[str]) -> list[Signature]:
+    """Functions that attncheck can call on local shards, and that no strategy mends: they are no dispatcher
+    ops, or put ordinary tensors of their own beside the DTensors."""
+    need = {
+        r.case.function
+        for r in results
+        if r.outcome.exception_type == BYPASSES_DISPATCHER or _mixes_by_itself(r)
+    }
+    return [
+        f
+        for f in packages.functions()
+        if f.op in need and (not globs or any(_matches(f.op, glob) for glob in globs))
+    ]
+
+
+def _mixes_by_itself(result: CaseResult) -> bool:
+    mixed = any(m.kind == "mixed" for m in result.outcome.missing_ops)
+    return mixed and ("plain",) not in result.case.placements.values()
 
 
 def _other_direction(op: str, met: Iterable[str]) -> str:
@@ -186,47 +199,124 @@ def _matches(op: str, glob: str) -> bool:
 
 
 def _reaching(operator: Operator, globs: Sequence[str]) -> bool:
-    return any(_matches(op, glob) for op in operator.kernel_ops for glob in globs)
-
-
-def _operators(request: ScanRequest) -> list[Operator]:
-    shelf = plugins.load_probes([Path(p) for p in request.probe_files])
-    return [operator for probe in shelf.probes for operator in probe.operators]
+    reached = (*operator.kernel_ops, operator.function)
+    return any(_matches(op, glob) for op in reached for glob in globs)
 
 
 # --- strategies that nobody described ------------------------------------------------------------
 
 
 def _synthesised(
-    request: FixRequest, found: Report, wanted: Mapping[str, str], log: Log
+    request: FixRequest, found: Report, ops: Sequence[str], log: Log
 ) -> tuple[list[Signature], dict[str, str]]:
     """Signatures found by running the ops, and why there is none of the others."""
-    raise NotImplementedError
+    own = [op for op in ops if op.startswith(("aten.", "higher_order."))]
+    unmended = {op: _NOT_SYNTHESISED[op.partition(".")[0]] for op in own}
+    asked = [op for op in ops if op not in unmended]
+    if not asked:
+        return [], unmended
+    log(f"finding out how {wording.listing(asked)} can be sharded")
+    answer = synthesis.for_operators(
+        synthesis.Request(
+            imports=request.scan.imports,
+            probe_files=request.scan.probe_files,
+            path=tuple(scan.provisioned(request.scan, log)),
+            operators=tuple(sorted(_reaching_any(found, asked))),
+            kernel_ops=tuple(asked),
+            known=tuple(s.op for s in packages.known()),
+            seed=request.scan.seed or 0,
+            device=request.scan.device,
+        ),
+        log,
+    )
+    signatures: list[Signature] = []
+    for made in answer.found:
+        signatures += made.signatures
+        log(
+            f"{made.signature.op}: {made.found.valid} of {made.found.tried} combinations hold, "
+            f"{wording.count(made.found.held_out, 'check')} on other values, {made.found.seconds:g} s"
+        )
+    unmended |= {refusal.op: refusal.why for refusal in answer.refused}
+    described = {s.op for s in signatures}
+    unmended |= {
+        op: "nothing could be learned of it" for op in asked if op not in described | {*unmended}
+    }
+    return signatures, unmended
+
+
+_NOT_SYNTHESISED = {
+    "aten": "it is PyTorch's own, and attncheck has no signature of it",
+    "higher_order": "it is a higher-order op, and takes functions besides tensors: no strategy can be "
+    "registered",
+}
+
+
+def _reaching_any(found: Report, ops: Sequence[str]) -> set[str]:
+    """The operators whose cases reached one of these."""
+    return {r.case.operator for r in found.cases for op in ops if verify.reaches(r, op)}
 
 
 # --- verification --------------------------------------------------------------------------------
 
 
-def _verified(
-    request: FixRequest,
-    found: Report,
-    signatures: Sequence[Signature],
-    log: Log,
-    on_progress: Progress,
-) -> tuple[Report, tuple[Evidence, ...]]:
-    """The cases with these signatures registered, and what they say of each op."""
-    ops = list(dict.fromkeys(s.op for s in signatures))
-    reached = {r.case.operator for r in found.cases for op in ops if verify.reaches(r.outcome, op)}
-    operators = [o for o in scan.operators_of(request.scan) if o.name in reached]
-    if missing := sorted(reached - {o.name for o in operators}):
-        raise UserError(
-            f"The report has cases of {missing[0]}, which is not here: give its --probe or --import again."
-        )
-    with tempfile.TemporaryDirectory(prefix="attncheck-fix-") as folder:
-        file = Path(folder, "candidate.py")
-        file.write_text(emit.module(signatures), encoding="utf-8")
-        report = verify.verify(operators, file, found, request.scan, log, on_progress)
-    return report, tuple(verify.evidence(op, ops, report.cases) for op in ops)
+class _Verification:
+    """What was run with a fix so far: one report of all of it, and what it says of each op."""
+
+    def __init__(self, request: FixRequest, found: Report, log: Log, on_progress: Progress) -> None:
+        self.request = request
+        self.found = found
+        self.log = log
+        self.on_progress = on_progress
+        self.report = found
+        self.before = {r.case.id: r.outcome.status for r in found.cases}
+        self.evidence: list[Evidence] = []
+
+    def settle(
+        self, asked: Sequence[Signature], beside: Sequence[Signature] = ()
+    ) -> list[Signature]:
+        """Those that are verified together, with what was settled before beside them; all of them where
+        the request takes unverified ones."""
+        if not asked:
+            return []
+        evidence = self._verify(asked, beside)
+        failed = {e.op for e in evidence if not e.verified}
+        kept = [s for s in asked if s.op not in failed]
+        if self.request.unverified:
+            kept = list(asked)
+        elif failed and kept:  # what is left must be right without the others
+            evidence = [*self._verify(kept, beside), *(e for e in evidence if e.op in failed)]
+            kept = [s for s in kept if any(e.op == s.op and e.verified for e in evidence)]
+        self.evidence += evidence
+        return kept
+
+    def _verify(self, asked: Sequence[Signature], beside: Sequence[Signature]) -> list[Evidence]:
+        """Run the cases that reach these, and say what came of it."""
+        ops = list(dict.fromkeys(s.op for s in asked))
+        reached = _reaching_any(self.found, ops)
+        operators = [o for o in scan.operators_of(self.request.scan) if o.name in reached]
+        if missing := sorted(reached - {o.name for o in operators}):
+            raise UserError(
+                f"The report has cases of {missing[0]}, which is not here: give its --probe or --import "
+                "again."
+            )
+        with tempfile.TemporaryDirectory(prefix="attncheck-fix-") as folder:
+            file = Path(folder, "candidate.py")
+            file.write_text(_module((*beside, *asked)), encoding="utf-8")
+            report = verify.verify(
+                operators, file, self.before, self.request.scan, self.log, self.on_progress
+            )
+        self.before |= {r.case.id: r.before for r in report.cases if r.before is not None}
+        earlier = () if self.report is self.found else (self.report,)
+        self.report = verify.joined((*earlier, report))
+        registered = {s.op for s in (*beside, *asked)}
+        return [verify.evidence(op, registered, report.cases) for op in ops]
+
+
+def _module(signatures: Sequence[Signature], lines: Sequence[str] = (), name: str = "fix") -> str:
+    """The module that registers these, functions among them."""
+    wrapped = {s.op for s in packages.functions()}
+    ops = [s for s in signatures if s.op not in wrapped]
+    return emit.module(ops, [s for s in signatures if s.op in wrapped], lines, name)
 
 
 def header(report: Report, evidence: Sequence[Evidence]) -> list[str]:

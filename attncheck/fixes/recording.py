@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attncheck.probing import Operator, Setting
 from attncheck.runner import case as cases
 from attncheck.runner import compat, drift
+from attncheck.runner.inputs import whole_tensors
 
 # Namespaces whose ops are PyTorch's own: their strategies are written by hand, and by others.
 OWN = ("aten", "prim", "prims", "c10d", "_c10d_functional", "profiler", "inductor", "debugprims")
@@ -116,7 +118,7 @@ def record(
     calls: list[Call] = []
     for setting in settings:
         specs = operator.tensors(setting)
-        wholes = cases.whole_tensors(operator.name, setting, specs, seed)
+        wholes = whole_tensors(operator.name, setting, specs, seed)
         label = f"{operator.name}, {setting.name}, {setting.dtype}, seed {seed}"
         with _Recorder(wanted, label) as recorder:
             try:
@@ -241,12 +243,12 @@ class Bench:
                         return f"{name} is no part of the whole"
                     # The first piece alone shows most of what is wrong.
                     if isinstance(place, int) and not self.agrees(
-                        call, name, outputs[name], ranks, lambda t, at=place: t.chunk(ranks, at)[0]
+                        call, name, outputs[name], ranks, partial(_first_part, place, ranks)
                     ):
                         return f"{name} has other values"
                     places[name] = place
             made.append(outputs)
-        for name, whole in call.outputs.items():
+        for name in call.outputs:
             parts = [outputs[name] for outputs in made]
             found = self._together(call, name, parts, places[name], expected)
             if found is None:
@@ -345,6 +347,10 @@ class Bench:
             if drift.disagreement(name, drift.Expected(value, whole)):
                 return None
         return exact
+
+
+def _first_part(dim: int, ranks: int, whole: torch.Tensor) -> torch.Tensor:
+    return whole.chunk(ranks, dim)[0]
 
 
 def numbers(call: Call) -> list[Any]:

@@ -36,6 +36,7 @@ from attncheck.fixes.notation import (
 )
 
 REGISTERED, KEPT, LEFT, ABSENT = "registered", "registered before", "left alone", "absent"
+OTHER = "another version"
 MADE_BY = "attncheck"
 
 _TABLES = (
@@ -169,7 +170,7 @@ def install(signatures: Iterable[Signature], required: bool = True) -> dict[str,
     """Give DTensor a strategy for each op, before or after its first use; twice is harmless.
 
     Returns what became of each op: `registered`, `registered before`, `left alone` (torch has a strategy
-    of its own) or `absent`. Raises NotRegistered where a required op is absent, or a strategy does not
+    of its own), `another version` (it returns more or less than described) or `absent`. Raises NotRegistered where a required op is absent, or a strategy does not
     answer once it is registered.
     """
     forms: dict[str, list[Signature]] = {}
@@ -189,6 +190,8 @@ def install(signatures: Iterable[Signature], required: bool = True) -> dict[str,
             became[name] = KEPT
         elif _is_known(op) and not _is_overridden(described):
             became[name] = LEFT
+        elif any(len(form.gives) != len(op._schema.returns) for form in described):
+            became[name] = OTHER
         else:
             new.append(_put(op, described))
             became[name] = REGISTERED

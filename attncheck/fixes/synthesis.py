@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch.distributed.tensor import Placement
+from torch.distributed.tensor import Placement, Shard
 
 from attncheck import plugins
 from attncheck.errors import UserError
@@ -129,6 +129,7 @@ def synthesise(
     bench = bench or Bench()
     _refuse_unfit(op, calls, bench)
     needs = _needs(calls, bench)
+    fake = not _has_meta(calls[0])
     forms: dict[Any, tuple[list[Call], list[Call]]] = {}
     for call in calls:
         forms.setdefault(form_key(call), ([], []))[0].append(call)
@@ -137,10 +138,9 @@ def synthesise(
             forms[form_key(call)][1].append(call)
     learned = []
     for found, held in forms.values():
-        learned.append(_learn(found, held, bench, log))
+        learned.append(_learn(found, held, fake, bench, log))
     signatures, untold = _told_apart(op, learned)
     because = DROPOUT if needs else ""
-    fake = not _has_meta(calls[0])
     signatures = tuple(
         replace(s, needs=needs, because=because, imports=imports, fake=fake) for s in signatures
     )
@@ -305,9 +305,9 @@ def _needs(calls: Sequence[Call], bench: Bench) -> dict[str, Any]:
         call = recording.with_positional(calls[0], argument.name)
         call = replace(call, arguments={**call.arguments, argument.name: 0.5})
         first, second = (_seeded(bench, call, seed) for seed in (1, 2))
-        if first is not None and second is not None and not _same(first, second):
-            needs[argument.name] = 0.0
-        elif "dropout" in argument.name:  # the stand-in of a kernel may lack it
+        random = first is not None and second is not None and not _same(first, second)
+        # The stand-in of a kernel may draw no numbers.
+        if random or "dropout" in argument.name:
             needs[argument.name] = 0.0
     tagged = torch.Tag.nondeterministic_seeded in compat.find_overload(calls[0].op).tags
     if tagged and not needs:
@@ -348,8 +348,8 @@ def classes(calls: Sequence[Call]) -> list[Class]:
     sizes: dict[Dim, dict[int, int]] = {}
     for at, call in enumerate(calls):
         for name, tensor in call.tensors.items():
-            for dim, size in enumerate(tensor.shape):
-                sizes.setdefault((name, tensor.ndim, dim), {})[at] = size
+            for axis, size in enumerate(tensor.shape):
+                sizes.setdefault((name, tensor.ndim, axis), {})[at] = size
     order = {a.name: i for i, a in enumerate(compat.find_overload(calls[0].op)._schema.arguments)}
     groups: list[list[Dim]] = []
     for dim in sorted(sizes, key=lambda d: (order[d[0]], d[1], d[2])):
@@ -418,9 +418,11 @@ def cuts_of(call: Call, cut: Sequence[Class]) -> dict[str, int] | None:
 
 @dataclass
 class _Learned:
-    """One form of the call: what is known of it."""
+    """One form of the call: what is known of it. `fake`: its results are described such that a Meta kernel
+    can be made of it."""
 
     calls: list[Call]
+    fake: bool
     takes: dict[str, str] = field(default_factory=dict)
     gives: dict[str, str] = field(default_factory=dict)
     queries: dict[str, Any] | None = None
@@ -435,15 +437,20 @@ class _Learned:
         return Signature(self.calls[0].op, self.takes, self.gives, queries=self.queries)
 
 
-def _learn(found: Sequence[Call], held: Sequence[Call], bench: Bench, log: Log) -> _Learned:
+def _learn(
+    found: Sequence[Call], held: Sequence[Call], fake: bool, bench: Bench, log: Log
+) -> _Learned:
     wide, ones = _unbroadcast(found, bench)
     found = [*found, *wide]
+    found += _without_integers(found, bench)
+    found += _broadcast(found, bench)
+    found += _grouped(found, bench)
     found += _one_kv_head(found, bench)
     found += _divisible(found, bench)
     search = _Search(found, bench, ones)
     held = [*held, *_variations(found, search.classes, bench)]
     letters = search.letters()
-    out = _Learned([*found, *held], tried=search.tried, valid=search.valid)
+    out = _Learned([*found, *held], fake, tried=search.tried, valid=search.valid)
     while True:
         _describe(out, search, letters, found)
         wrong = _check(out, found, held, bench, letters)
@@ -601,9 +608,11 @@ class _Search:
         return out
 
     def _is_query(self, one: Class) -> bool:
-        """Its first output is cut as it is: head_dim, cut where that holds at all, leaves sums."""
+        """Its first output is cut as it is: head_dim, cut where that holds at all, leaves sums. And so is
+        every buffer: nobody passes a sum to be written into."""
         row = next(row for row in self.row(one).values() if isinstance(row, dict))
-        return isinstance(next(iter(row.values()), None), int)
+        buffers = [at for name, at in row.items() if not name.startswith("#")]
+        return isinstance(next(iter(row.values()), None), int) and SUM not in buffers
 
     def _is_grouped(self, heads: Class, kv_heads: Class) -> bool:
         """Whether these two go together as heads and kv heads do: wherever no group is torn."""
@@ -720,7 +729,7 @@ def _unbroadcast(found: Sequence[Call], bench: Bench) -> tuple[list[Call], froze
                     continue
                 seen.add(dim)
                 sizes = {_size(call, one) for one in known} - {1}
-                taken = []
+                taken: list[Call] = []
                 for wanted in sorted(sizes):
                     shape = list(tensor.shape)
                     shape[at] = wanted
@@ -734,6 +743,90 @@ def _unbroadcast(found: Sequence[Call], bench: Bench) -> tuple[list[Call], froze
                 elif not taken:
                     ones.add(dim)
     return made, frozenset(ones)
+
+
+def _without_integers(found: Sequence[Call], bench: Bench) -> list[Call]:
+    """Calls that tell integers from the dims that they are as long as by chance: 3 sequences have 4 starts,
+    and there may be 4 heads."""
+    floats = {name for call in found for name in _floats(call)}
+    known: list[Class] = []
+    mixed: list[Class] = []
+    for one in classes(found):
+        own = frozenset(dim for dim in one if dim[0] in floats)
+        known.append(own or one)
+        if own and own != one:
+            mixed.append(own)
+    return _resized(found, known, mixed, bench, lambda size: size - 1, RANKS[0])
+
+
+def _broadcast(found: Sequence[Call], bench: Bench) -> list[Call]:
+    """Calls with one row of a mask or bias for all, where there is none yet: its gradient is a sum then."""
+    known = classes(found)
+    of_dim = {dim: one for one in known for dim in one}
+    made: list[Call] = []
+    for call in found:
+        kinds = {
+            name: {of_dim.get((name, t.ndim, at)) for at in range(t.ndim)}
+            for name, t in call.tensors.items()
+        }
+        ordinary = [kinds[name] for name in {_first(call), *_main(call)} if name in kinds]
+        for name, tensor in _floats(call).items():
+            # What has dims that no other tensor has together: those of scores, (queries, keys).
+            if name in call.written or any(kinds[name] <= those for those in ordinary):
+                continue
+            for at, size in enumerate(tensor.shape):
+                here = [c.tensors[name] for c in (*found, *made) if name in c.tensors]
+                if size > 1 and not any(t.ndim == tensor.ndim and t.shape[at] == 1 for t in here):
+                    changed = recording.narrowed(
+                        bench, call, {(name, at): 1}, f"one in dim {at} of {name}"
+                    )
+                    made += _usable(changed)
+    return made
+
+
+def _grouped(found: Sequence[Call], bench: Bench) -> list[Call]:
+    """Calls with half as many kv heads as query heads, where all at hand have equally many of both and the
+    op takes fewer: it gives then what it gives with each kv head repeated."""
+    known = classes(found)
+    main = _main(found[0])
+    first = _first(found[0])
+    made: list[Call] = []
+    for one in known:
+        names = {name for name, _, _ in one}
+        if not names >= {*main, first} or any(dim == nd - 1 for _, nd, dim in one):
+            continue
+        for call in found:
+            size = _size(call, one)
+            kv = [dim for dim in one if dim[0] in _kv_side(call, known) and dim[0] in call.tensors]
+            if not kv or size < 4 or size % 2 or _counted(call, size):
+                continue
+            halves = {(name, at): size // 2 for name, _, at in kv}
+            few = recording.narrowed(bench, call, halves, "half as many kv heads")
+            if few is None:
+                continue
+            repeated = {name: few.tensors[name].repeat_interleave(2, at) for (name, at) in halves}
+            many = bench.again(few, repeated, "each repeated")
+            if many is not None and _agree_where_alike(few, many, bench):
+                made += _usable(few)
+            break
+    return made
+
+
+def _kv_side(call: Call, known: Sequence[Class]) -> set[str]:
+    """Key and value, and what is as long as they are: the buffers of their gradients."""
+    first = _first(call)
+    key = next((name for name in call.tensors if name.strip("_") in KEY), "")
+    others = [one for one in known if first not in {name for name, _, _ in one}]
+    return {name for one in others if key in {name for name, _, _ in one} for name, _, _ in one} - {
+        name
+        for name, t in call.tensors.items()
+        if name not in _main(call) and name not in call.written
+    }
+
+
+def _agree_where_alike(few: Call, many: Call, bench: Bench) -> bool:
+    alike = [name for name, whole in many.outputs.items() if few.outputs[name].shape == whole.shape]
+    return bool(alike) and all(bench.agrees(many, name, few.outputs[name], 1) for name in alike)
 
 
 def _one_kv_head(found: Sequence[Call], bench: Bench) -> list[Call]:
@@ -772,10 +865,12 @@ def _divisible(found: Sequence[Call], bench: Bench) -> list[Call]:
             return whole and size > 1 and len(torch.empty(size).chunk(ranks)) == ranks
 
         short = [one for one in known if not any(fits(_size(c, one), one) for c in found)]
-        made += _resized(
-            found, known, short, bench, lambda size, ranks=ranks: size - size % ranks, RANKS[0]
-        )
+        made += _resized(found, known, short, bench, partial(_multiple, ranks), RANKS[0])
     return made
+
+
+def _multiple(ranks: int, size: int) -> int:
+    return size - size % ranks
 
 
 def _variations(found: Sequence[Call], known: Sequence[Class], bench: Bench) -> list[Call]:
@@ -829,6 +924,7 @@ def _resized(
 def _tied(found: Sequence[Call], known: Sequence[Class]) -> list[tuple[Class, Class]]:
     """(many, few) where the few divide the many in all calls: of the first tensor, and of others."""
     first = _first(found[0])
+    floats = {name for call in found for name in _floats(call)}
     mine = [
         one for one in known if any(name == first and dim < ndim - 1 for name, ndim, dim in one)
     ]
@@ -836,7 +932,11 @@ def _tied(found: Sequence[Call], known: Sequence[Class]) -> list[tuple[Class, Cl
         (many, few)
         for many in mine
         for few in known
-        if few not in mine and all(_size(call, many) % _size(call, few) == 0 for call in found)
+        if few not in mine
+        and any(name in floats for name, _, _ in few)
+        and all(
+            _size(call, few) > 0 and _size(call, many) % _size(call, few) == 0 for call in found
+        )
     ]
 
 
@@ -856,12 +956,13 @@ def _narrow(bench: Bench, call: Call, sizes: Mapping[Class, int]) -> Call | None
 def _counted(call: Call, size: int) -> bool:
     """Whether lengths, or an integer, say how large a dim is: it must not become another."""
     ints = [v for v in call.arguments.values() if isinstance(v, int) and not isinstance(v, bool)]
+    # A random state is one number, or unsigned.
     lengths = [
-        t for t in call.tensors.values() if not t.is_floating_point() and t.dtype != torch.bool
+        t
+        for t in call.tensors.values()
+        if t.ndim == 1 and t.numel() > 0 and t.dtype in (torch.int32, torch.int64)
     ]
-    return size in ints or any(
-        t.numel() > 0 and int(t.to(torch.int64).max()) == size for t in lengths
-    )
+    return size in ints or any(int(t.max()) == size for t in lengths)
 
 
 # --- the signature -------------------------------------------------------------------------------
@@ -986,7 +1087,7 @@ def _result_text(
     like = of_argument or _like(name, having, summed, out.takes, rows)
     if like:
         over = f", summed over {' '.join(summed)}" if summed else ""
-        return f"like {like}{over}{condition}{_dtype(name, having)}"
+        return f"like {like}{over}{condition}{_dtype(name, out, having)}"
     ndim = shown[0].outputs[name].ndim
     cut: dict[int, str] = {}
     for letter, places in rows.items():
@@ -1005,28 +1106,28 @@ def _result_text(
     if not cut and not summed:
         same = next((arg for arg in out.takes if _is_like(arg, name, having)), "")
         if same and out.takes[same] == "replicated":
-            return f"like {same}{condition}{_dtype(name, having)}"
+            return f"like {same}{condition}{_dtype(name, out, having)}"
         sizes = [
             _by_size(having, name, at, of_dim, set())
             if (one := _constant(having, name, at)) is None
             else str(one)
             for at in range(ndim)
         ]
-        text = " ".join(["replicated", *sizes]) if all(sizes) else "replicated"
-        return text + condition + _dtype(name, having)
+        text = " ".join(["replicated", *sizes]) if out.fake and all(sizes) else "replicated"
+        return text + condition + _dtype(name, out, having)
     used = set(cut.values())
     dims = []
     for at in range(ndim):
         letter = cut.get(at) or _by_size(having, name, at, of_dim, used)
         if not letter:
-            size = _constant(having, name, at)
+            size = _constant(having, name, at) if out.fake else None
             letter = f"r{at}" if size is None else str(size)
         used.add(letter)
         dims.append(letter)
     text = " ".join(dims)
     if summed:
         text += f", summed over {' '.join(summed)}"
-    return text + condition + _dtype(name, having)
+    return text + condition + _dtype(name, out, having)
 
 
 def _letter_size(call: Call, letter: str, of_dim: Mapping[Dim, str]) -> int:
@@ -1123,9 +1224,11 @@ def _says_yes(value: Any) -> bool:
     return value is not None and value is not False
 
 
-def _dtype(name: str, calls: Sequence[Call]) -> str:
+def _dtype(name: str, out: _Learned, calls: Sequence[Call]) -> str:
     """`, float32` where a result has that dtype whatever the first tensor has."""
-    if all(call.outputs[name].dtype == next(iter(call.tensors.values())).dtype for call in calls):
+    if not out.fake or all(
+        call.outputs[name].dtype == next(iter(call.tensors.values())).dtype for call in calls
+    ):
         return ""
     dtypes = {call.outputs[name].dtype for call in calls}
     return f", {str(dtypes.pop()).removeprefix('torch.')}" if len(dtypes) == 1 else ""
@@ -1216,9 +1319,8 @@ def _outcomes(signature: Signature, call: Call, bench: Bench) -> Iterator[tuple[
             way = layout.ways[0]
             if way == "replicate":
                 continue
-            cuts = {
-                name: placed[0].dim for name, placed in layout.takes.items() if placed[0].is_shard()
-            }
+            lying = {name: _as_placed(placed[0]) for name, placed in layout.takes.items()}
+            cuts = {name: at for name, at in lying.items() if isinstance(at, int)}
             expected = _expected(call, layout.takes, layout.gives)
             if isinstance(expected, str):
                 yield way, ranks, expected
@@ -1248,9 +1350,8 @@ def _expected(
 
 
 def _as_placed(placement: Placement) -> Placed:
-    if placement.is_shard():
-        dim: int = placement.dim  # type: ignore[attr-defined]
-        return dim
+    if isinstance(placement, Shard):
+        return placement.dim
     return SUM if placement.is_partial() else WHOLE
 
 
@@ -1404,18 +1505,29 @@ def _several(given: Sequence[Any]) -> Any:
 def _telling(
     mine: Sequence[Call], others: Sequence[Call], words: Sequence[str]
 ) -> dict[str, Any] | None:
-    """One argument whose values in `mine` are none of those in `others`; {} where words tell already."""
+    """One argument that says which form a call has: whether a tensor is given, or a flag; {} where words say
+    it already, None where nothing does. Numbers do not: they are sizes."""
     if not others:
         return {}
     for argument in compat.find_overload(mine[0].op)._schema.arguments:
-        here = [_token(recording.value_of(call, argument.name)) for call in mine]
-        there = [_token(recording.value_of(call, argument.name)) for call in others]
-        if any(isinstance(t, float) or t is _OTHER for t in (*here, *there)):
+        here, there = (
+            {_token(recording.value_of(call, argument.name)) for call in calls}
+            for calls in (mine, others)
+        )
+        if here & there or not {*here, *there} <= {
+            GIVEN,
+            None,
+            True,
+            False,
+            *_strings(here, there),
+        }:
             continue
-        if set(here) & set(there) or (len(set(here)) > 2):
-            continue
-        return {} if argument.name in words else {argument.name: _several(here)}
+        return {} if argument.name in words else {argument.name: _several(list(here))}
     return None
+
+
+def _strings(*tokens: set[Any]) -> set[str]:
+    return {token for some in tokens for token in some if isinstance(token, str)}
 
 
 # --- in a child process --------------------------------------------------------------------------
@@ -1504,11 +1616,10 @@ def _in_child(asked: _Asked) -> Answer | tuple[str, str]:
             assert isinstance(made, Answer)
             return made
         doing = answer.read_text(encoding="utf-8") if answer.exists() else "starting"
+        if done is not None and done.returncode == BAD_INPUT:
+            raise UserError(done.stderr.strip().splitlines()[-1])
         if done is not None and done.returncode > 0:
-            words = done.stderr.strip().splitlines()
-            raise UserError(
-                words[-1] if words else f"{doing} ends with exit code {done.returncode}."
-            )
+            raise RuntimeError(f"Synthesis fails at {doing}:\n{done.stderr}")
         return doing.strip(), how
 
 

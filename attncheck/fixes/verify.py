@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,15 @@ Progress = Callable[[int, int, Case | None], None]
 def verify(
     operators: Sequence[Operator],
     fix: Path,
-    found: Report,
+    known: Mapping[str, Status],
     request: ScanRequest,
     log: Callable[[str], None],
     on_progress: Progress,
 ) -> Report:
     """Run the cases of these operators with the fix. Each entry of the report knows its status before.
 
-    `found`: the report that the findings come from; `request`: how that was made (seed, packages, probes,
-    meshes). Raises UserError, or launch.Interrupted.
+    `known`: statuses without the fix, by case id; `request`: how the findings were made (seed, packages,
+    probes, meshes). Raises UserError, or launch.Interrupted.
     """
     flips = {o.name: made for o in operators if (made := flipped(o))}
     near = {o.name: neighbours(o) for o in operators}
@@ -72,21 +72,26 @@ def verify(
                 base, names, settings=tuple(settings), placements=NEIGHBOUR_PLACEMENTS
             )
             runs.append((what, dataclasses.replace(asked, meshes=meshes, both_ways=both_ways)))
-    known = {r.case.id: r.outcome.status for r in found.cases}
-    results: dict[str, CaseResult] = {}
-    environments = []
+    reports = []
     for what, asked in runs:
         log(f"verifying {len(asked.selection.operators)} operators: {what}")
-        report = scan.scan(asked, lambda message: None, on_progress)
-        environments.append(report.environment)
+        reports.append(scan.scan(asked, lambda message: None, on_progress))
+    results: dict[str, CaseResult] = {}
+    for report in reports:
         for result in report.cases:
             _add(results, result, known)
     cases = tuple(results.values())
+    return Report(joined(reports).environment, cases, rules.judge(cases))
+
+
+def joined(reports: Sequence[Report]) -> Report:
+    """One report of several (at least one): of a case that is in more of them, what the last one says."""
+    results = {r.case.id: r for report in reports for r in report.cases}
+    cases = tuple(results.values())
     environment = {
-        **environments[0],
+        **reports[0].environment,
         **scan.describe_meshes(result.case for result in cases),
-        "wall_seconds": round(sum(e["wall_seconds"] for e in environments), 1),
-        "command": request.command,
+        "wall_seconds": round(sum(r.environment["wall_seconds"] for r in reports), 1),
     }
     return Report(environment, cases, rules.judge(cases))
 
@@ -192,9 +197,9 @@ class Evidence:
         return self.mended > 0 and not self.failed
 
 
-def evidence(op: str, ops: Iterable[str], results: Iterable[CaseResult]) -> Evidence:
+def evidence(op: str, ops: Collection[str], results: Iterable[CaseResult]) -> Evidence:
     """What a verification says of `op`; `ops` are all that the fix registers."""
-    mine = [r for r in results if reaches(r.outcome, op) and r.outcome.status.ran]
+    mine = [r for r in results if reaches(r, op) and r.outcome.status.ran]
     refused: Counter[str] = Counter()
     failed, elsewhere, unchanged = [], [], []
     ratio = 0.0
@@ -226,10 +231,11 @@ def evidence(op: str, ops: Iterable[str], results: Iterable[CaseResult]) -> Evid
     )
 
 
-def reaches(outcome: Outcome, op: str) -> bool:
-    """Whether the op met DTensors in this case."""
+def reaches(result: CaseResult, op: str) -> bool:
+    """Whether the op met DTensors in this case, or is the function that it calls."""
+    outcome = result.outcome
     names = {k.op for k in outcome.kernel_ops} | {m.op for m in outcome.missing_ops}
-    return op in names or op == outcome.kernel_op
+    return op in names or op in (outcome.kernel_op, result.case.function)
 
 
 def refused_ops(outcome: Outcome) -> set[str]:

@@ -28,11 +28,14 @@ flash_attn_func(q, k, v)
 ```
 
 ## What to do
-Use an operator that the finding lists as working, redistribute to a placement under which this
-one works, or call it through `local_map`, so that DTensor never sees the op. Registering a
-strategy with `register_sharding` mends it for every caller: register forward and backward, before
-the first use, with `RuntimeSchemaInfo(static_argnum=<first argument that is no tensor>)`, or
-flags such as `causal` are not part of the cache key and a stale strategy is served.
+`attncheck fix` writes a module that registers strategies for the op and for its backward, and
+runs the finding's cases and their neighbours with it first. That mends it for every caller. By
+hand it takes care: PyTorch's `register_sharding` leaves flags such as `causal` out of its cache
+key, and serves a stale strategy.
+
+Or use an operator that the finding lists as working, redistribute to a placement under which this
+one works, or call it through `local_map`, so that DTensor never sees the op. The finding lists
+the ways out by what they send in a call, as measured in the scan.
 
 A higher-order op (`flex_attention`) takes functions besides tensors and no strategy: PyTorch says
 that no rule was registered for it. What helps is `local_map`, or a rule of its own

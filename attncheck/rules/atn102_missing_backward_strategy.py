@@ -26,11 +26,12 @@ out.sum().backward()
 ```
 
 ## What to do
-As for a missing forward strategy; the alternatives listed with a finding work in both directions.
-Take care when you register a strategy: `flash_attn::_flash_attn_backward` writes `dq`, `dk` and
-`dv` in place, and a strategy that redistributes them writes the gradients into temporaries. They
-are then wrong, and nothing raises. Bring q, k and v to one common placement before the call
-instead.
+As for a missing forward strategy: `attncheck fix` writes and verifies one for both directions; the
+alternatives listed with a finding work in both, too. Take care when you register one by hand:
+`flash_attn::_flash_attn_backward` writes `dq`, `dk` and `dv` in place, and a strategy that
+redistributes them writes the gradients into temporaries. They are then wrong, and nothing raises.
+The module that `attncheck fix` writes refuses such a call: bring q, k and v to one common
+placement before it.
 """
 
 

@@ -29,8 +29,9 @@ F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # q, k, v are DTensors
 
 ## What to do
 Where the ordinary tensor is an argument, pass it as a replicated DTensor:
-`DTensor.from_local(mask, mesh, [Replicate()])`. Where the operator makes it itself, call the
-operator through `local_map`, or take another one that the finding lists as working.
+`DTensor.from_local(mask, mesh, [Replicate()])`. Where the operator makes it itself, no strategy
+helps: call the operator through `local_map`, or through the wrapper that `attncheck fix` writes
+for functions that it knows, or take another one that the finding lists as working.
 """
 
 

@@ -30,8 +30,11 @@ flash_attn_func(q, k, v)  # q, k, v are DTensors: flash_attn_2_cuda.fwd gets a n
 ```
 
 ## What to do
-Hand it ordinary tensors: call it through `local_map`, which gives each rank its own shard. Or take
-a version that has a dispatcher op (flash-attn from 2.7.0 on), or another operator.
+Hand it ordinary tensors. For functions that it knows (flash-attn's, also before 2.7, flash-attn 4's,
+SageAttention's) `attncheck fix` writes and verifies a wrapper, which takes the function's place,
+so that callers stay as they are, and gives it each rank's own shards. For others call it through
+`local_map`. Or take a version that has a dispatcher op (flash-attn from 2.7.0 on), or another
+operator.
 """
 
 

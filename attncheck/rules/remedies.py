@@ -297,7 +297,7 @@ def _other_placements(group: Group, results: Sequence[CaseResult], free: bool) -
                 covered.setdefault(call.placement, []).append((need, cases))
     ways = []
     for name, shown in covered.items():
-        before = max(_getting_there(_any_case(failing[need]), cases[-1]) for need, cases in shown)
+        before = max(_getting_there(_any_case(failing[need]), cases) for need, cases in shown)
         ways.append(
             _Way((name,), len(shown), tuple(case for _, cases in shown for case in cases), before)
         )
@@ -319,12 +319,11 @@ def _other_placements(group: Group, results: Sequence[CaseResult], free: bool) -
     return [Priced(remedy, ways[0].traffic, ways[0].covers)]
 
 
-def _getting_there(failing: Case, shown: CaseResult) -> int:
+def _getting_there(failing: Case, shown: Sequence[CaseResult]) -> int:
     """Bytes a rank sends to bring the tensors to where they work; with a gradient, also the way back."""
-    graded = [name for name in shown.outcome.outputs if is_gradient(name)]
-    return _redistribution(
-        failing, shown.case.placements, [g.removeprefix("grad.") for g in graded]
-    )
+    graded = {name for r in shown for name in r.outcome.outputs if is_gradient(name)}
+    back = [name.removeprefix("grad.") for name in graded]
+    return _redistribution(failing, shown[0].case.placements, back)
 
 
 def _redistribution(
@@ -535,7 +534,10 @@ def _before_the_call(group: Group, results: Sequence[CaseResult]) -> list[Priced
     may not."""
     if any(p.remedy.kind == "redistribute" for p in _other_placements(group, results, False)):
         return []
-    for result in sorted(group.results, key=_of_interest):
+    ordered = sorted(
+        group.results, key=lambda r: (SEQUENCE not in r.case.placement, _of_interest(r))
+    )
+    for result in ordered:
         if result.case.communicates or _own_target(result, results):
             continue
         target = _heads_target(result, results)

@@ -114,9 +114,9 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     if not imports:  # with some, what there is to plan is only known later
         known = [_with_settings(p, request.settings) for p in shelf.probes]
         plan_meshes(known, request.meshes, request.selection)
-    provisioned = time.time()
-    path = _provisioned(request, log)
-    phases = {"provision": round(time.time() - provisioned, 2)}
+    started = time.time()
+    path = provisioned(request, log)
+    phases = {"provision": round(time.time() - started, 2)}
     found = _look(shelf.probes, imports, request, path)
     probes = [plugins.with_discovered(p, found.ops) for p in shelf.probes]
     probes = [_with_settings(p, request.settings) for p in probes]
@@ -173,11 +173,11 @@ def operators_of(request: ScanRequest) -> list[Operator]:
     """Every operator that a scan of this request could choose from. Raises UserError."""
     probes = plugins.load_probes([Path(p) for p in request.probe_files]).probes
     imports = (*request.imports, *_installed_imports(probes, request))
-    found = _look(probes, imports, request, _provisioned(request, lambda message: None))
+    found = _look(probes, imports, request, provisioned(request, lambda message: None))
     return [o for p in probes for o in plugins.with_discovered(p, found.ops).operators]
 
 
-def _provisioned(request: ScanRequest, log: Log) -> list[str]:
+def provisioned(request: ScanRequest, log: Log) -> list[str]:
     """The folders of the packages that are asked for."""
     asked = map(provision.parse, request.with_packages)
     return [str(provision.ensure(package, log=log)) for package in asked]

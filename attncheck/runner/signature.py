@@ -158,7 +158,14 @@ def _refined(op: Any, layout: str, word: str, device: str, dtype: torch.dtype) -
 
 def _differentiable(op: Any, layout: str, word: str, device: str, dtype: torch.dtype) -> bool:
     t = {name: x.requires_grad_() for name, x in _tensors(layout, device, dtype).items()}
-    return call(op, t, layout, word).requires_grad
+    out = call(op, t, layout, word)
+    if not out.requires_grad:
+        return False
+    try:
+        torch.autograd.grad(out.sum(), list(t.values()))
+    except (RuntimeError, NotImplementedError):
+        return False  # `torch.library.custom_op` without register_autograd says so when it is asked
+    return True
 
 
 def _disagreement(

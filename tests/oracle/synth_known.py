@@ -12,9 +12,11 @@ import fnmatch
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.distributed.tensor import Replicate
 
 from attncheck import plugins
 from attncheck.fixes import recording, synthesis
@@ -23,6 +25,27 @@ from attncheck.fixes.packages import known
 from attncheck.fixes.recording import Call
 from attncheck.runner.available import Availability
 
+# Ops that synthesis describes in one way more than their signatures do, and why. It calls stand-ins, which do
+# not look at what the real kernels look at.
+QUERIES_TOO = {
+    "aten._cudnn_attention_forward.default": "its backward has no row for queries",
+    "aten._cudnn_attention_backward.default": "the kernel reads the number of queries from max_q",
+    "aten._scaled_dot_product_cudnn_attention_backward.default": "the kernel reads it from max_q",
+    "aten._scaled_dot_product_fused_attention_overrideable_backward.default": "it is passed max_q, which "
+    "is what the forward returned on that rank",
+}
+# Ops whose seeds are described as no tensors: PyTorch's DTensor hands a tensor without dims on as it is, so
+# that whole on every rank and no placement at all are the same.
+NUMBERS_IN_TENSORS = (
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+)
+# Known ops that no operator of a built-in probe calls on a CPU, and why.
+UNREACHED = {
+    "flash_attn_3.bwd.default": "the raw ops have no autograd",
+    "npu.npu_fusion_attention.default": "its kernels need its hardware",
+    "npu.npu_fusion_attention_grad.default": "its kernels need its hardware",
+}
 MESHES = ((2,), (3,), (4,), (2, 2), (3, 2))
 SEED = 20
 
@@ -35,13 +58,24 @@ def ways(forms: Sequence[Signature], call: Call, mesh: tuple[int, ...]) -> set[s
         offered = layouts(form_of(forms, values), values, shapes, mesh)
     except Refused:
         return {"refused"}
-    return {str((sorted(layout.takes.items()), layout.gives)) for layout in offered}
+    whole = {None, tuple(Replicate() for _ in mesh)} if call.op in NUMBERS_IN_TENSORS else set()
+    return {
+        str(
+            (
+                sorted(layout.takes.items()),
+                ["whole" if placed in whole else placed for placed in layout.gives],
+            )
+        )
+        for layout in offered
+    }
 
 
 def differences(
     ours: Sequence[Signature], theirs: Sequence[Signature], calls: Sequence[Call]
 ) -> list[str]:
     """Where the first description offers what the second does not, and the other way round."""
+    if calls[0].op in QUERIES_TOO:
+        ours = [replace(signature, queries=None) for signature in ours]
     out = []
     for call in calls:
         for mesh in MESHES:
@@ -75,7 +109,9 @@ def main(probe: str, glob: str) -> dict[str, Any]:
         if fnmatch.fnmatchcase(signature.op, glob):
             signatures.setdefault(signature.op, []).append(signature)
     calls = recorded(probe, tuple(signatures))
-    operators = [o.name for o in plugins.load_probe_file(plugins.builtin_dir("probes") / probe).operators]
+    operators = [
+        o.name for o in plugins.load_probe_file(plugins.builtin_dir("probes") / probe).operators
+    ]
     request = synthesis.Request(
         path=tuple(p for p in sys.path if p),
         operators=tuple(operators),
@@ -88,6 +124,11 @@ def main(probe: str, glob: str) -> dict[str, Any]:
         op = found.signature.op
         out[op] = {
             "calls": len(calls[op]),
+            "compared": sum(
+                len(ways(signatures[op], call, mesh) - {"refused"})
+                for call in calls[op]
+                for mesh in MESHES
+            ),
             "held_out": found.found.held_out,
             "seconds": found.found.seconds,
             "signatures": [repr(s) for s in found.signatures],

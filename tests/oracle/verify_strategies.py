@@ -71,9 +71,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         returned = func(*args, **kwargs)
         results = returned if isinstance(returned, tuple) else (returned,)
         after = {
-            k: given[k].detach().clone()
-            for k in self.written[name]
-            if _is_tensor(given.get(k))
+            k: given[k].detach().clone() for k in self.written[name] if _is_tensor(given.get(k))
         }
         kept = tuple(r.detach().clone() if _is_tensor(r) else r for r in results)
         self.calls.append(Call(func, len(args), before, kept, after))

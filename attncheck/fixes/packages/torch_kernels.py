@@ -1,6 +1,7 @@
-"""The raw attention kernels of PyTorch, which nested tensors, `varlen` and xformers (cutlass) call. None has a
-strategy (2.6 to 2.15). Each has a dense form and a packed one, with `cu_seqlens`, where only heads can be
-sharded.
+"""The raw attention kernels of PyTorch, which nested tensors, `varlen` and xformers (cutlass) call.
+
+None has a strategy (2.6 to 2.15). Each has a dense form and a packed one, with `cu_seqlens`, where only heads
+can be sharded.
 
 Efficient attention takes no groups of heads. Its log-sum-exp is padded to a multiple of 32 queries, so that a
 part of the queries does not give a part of it; cuDNN's backward reads the number of queries from an argument.
@@ -105,7 +106,8 @@ FLASH = (
     ),
 )
 
-# Efficient: (batch, sequence, heads, head_dim); packed, the batch is one, and the log-sum-exp counts sequences.
+# Efficient: (batch, sequence, heads, head_dim); packed, the batch is one, and the log-sum-exp counts
+# sequences.
 EFFICIENT_FORWARD = "aten._efficient_attention_forward.default"
 EFFICIENT_BACKWARD = "aten._efficient_attention_backward.default"
 EFFICIENT_QKV = {"query": "b sq h d", "key": "b sk h d", "value": "b sk h dv"}

@@ -6,8 +6,8 @@
 - The backward of efficient attention has no flags in its cache key: a learned bias after a frozen one of
   the same shape fails (`output tensor should be scalar!`). Seen on 2.13.0 and 2.14.1.
 
-(reports/published/bugs.) The forward of efficient attention is right, and left alone. Dropout is as PyTorch has
-it, a mask of each rank's own: these ops work with it, and would not be refused for the better.
+(reports/published/bugs has all three.) The forward of efficient attention is right, and left alone. Dropout
+stays as PyTorch has it: each rank draws for itself, which is right where ranks have seeds of their own.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The ops of `F.scaled_dot_product_attention` that PyTorch has no strategy for (2.6 to 2.15), either direction:
-what it calls on a CPU, and what XPU and out-of-tree devices override."""
+"""The ops of `F.scaled_dot_product_attention` that PyTorch has no strategy for, in either direction (2.6 to
+2.15): what it calls on a CPU, and what XPU and out-of-tree devices override."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`torch.nn.attention.varlen` (torch 2.10 on): sequences packed one behind the other, so that only heads can be
-sharded. With `block_table` (2.13) keys and values lie in pages."""
+"""`torch.nn.attention.varlen` (torch 2.10 on): sequences packed one behind the other, so that only heads can
+be sharded. With `block_table` (2.13) keys and values lie in pages."""
 
 from __future__ import annotations
 

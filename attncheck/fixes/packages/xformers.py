@@ -133,7 +133,13 @@ FLASH3 = (
     Signature(
         FLASH3_BACKWARD,
         when=PACKED,
-        takes={"dout": "t h d", **PACKED_QKV, "out": "t h d", "softmax_lse": "h t", **LENGTHS},
+        takes={
+            "dout": "t h d",
+            **PACKED_QKV,
+            "out": "t h d",
+            "softmax_lse": "one h t | h t",  # it comes in with the batch of one
+            **LENGTHS,
+        },
         gives=PACKED_GRADS,
         imports=IMPORTS,
     ),

@@ -18,11 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-ORACLE = Path(__file__).parents[2] / "oracle"
-sys.path.insert(0, str(ORACLE))
+sys.path.insert(0, str(Path(__file__).parents[2] / "oracle"))
 
 import verify_signatures as verifying
-from verify_strategies import Call, Recorder
 
 from attncheck import provision, standins
 from attncheck.fixes import notation, packages
@@ -30,6 +28,8 @@ from attncheck.fixes.notation import Signature, read
 from attncheck.fixes.packages import npu, torch_kernels, torch_overrides
 from attncheck.fixes.strategies import find_op
 
+ROOT = Path(__file__).parents[3]
+ORACLE = ROOT / "tests" / "oracle"
 OF_TORCH = ("aten", "torch_attn")
 FLASH = "aten._scaled_dot_product_flash_attention.default"
 FLASH_BACKWARD = "aten._scaled_dot_product_flash_attention_backward.default"
@@ -112,7 +112,7 @@ def ways(found: dict[str, Any], op: str) -> set[str]:
 def test_layouts_are_right_piece_by_piece() -> None:
     """Raw flash, efficient and cuDNN: dense and packed, grouped, one kv head, a bias and its gradient."""
     found = verifying.main(
-        ["sdpa_cuda.raw_*"], ["plain_3", "causal", "gqa_3", "gqa_1", "varlen", "bias_grad"]
+        ["sdpa_cuda.raw_*"], ["plain_3", "gqa_3", "gqa_1", "varlen", "bias_grad"]
     )
     assert not wrong(found)
     assert not found["refused"]
@@ -182,7 +182,7 @@ def test_all_layouts_are_right_with_the_real_packages() -> None:
     ]
     done = subprocess.run(
         [sys.executable, str(ORACLE / "verify_signatures.py")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*folders, ORACLE.parents[1])))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*folders, ROOT)))},
         capture_output=True,
         text=True,
         timeout=1800,
@@ -192,16 +192,8 @@ def test_all_layouts_are_right_with_the_real_packages() -> None:
     found = json.loads(done.stdout)
     assert not wrong(found)
     assert not found["tables"]
-    # flash-attn 3's own formula has too few gradients; the others have no kernels here.
-    assert set(found["failed"]) <= {
-        "flash_attn_3.custom_op_direct",
-        "flash_attn_4",
-        "flash_attn_4_varlen",
-        "xformers.ck",
-        "xformers.cutlass_blackwell",
-        "xformers.memory_efficient_attention",
-        "xformers.triton_splitk",
-    }
+    # Its own formula has too few gradients for a call with `causal`.
+    assert set(found["failed"]) == {"flash_attn_3.custom_op_direct"}
     every = {
         f"{op} {at}"
         for op, forms in verifying.by_op(packages.known()).items()
@@ -317,6 +309,15 @@ def npu_backward(
     return *grads, query.new_empty(0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are small, and on a busy machine threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def npu_ops() -> Iterator[Any]:
     library = torch.library.Library("npu", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -337,7 +338,9 @@ def _by_name(schema: str, kernel: Any) -> Any:
     return called
 
 
-def npu_calls(ops: Any, layout: str, kv_heads: int, mode: int, mask: Sequence[int]) -> list[Call]:
+def npu_calls(
+    ops: Any, layout: str, kv_heads: int, mode: int, mask: Sequence[int]
+) -> list[verifying.Call]:
     torch.manual_seed(3)
     batch, heads, rows, columns, width = 7, 6, 10, 22, 16
     q, k, v, dy = (
@@ -347,8 +350,10 @@ def npu_calls(ops: Any, layout: str, kv_heads: int, mode: int, mask: Sequence[in
     hidden = torch.rand(mask) > 0.7 if mask else None
     flags = {"sparse_mode": mode, "atten_mask": hidden}
     forms = verifying.by_op(npu.SIGNATURES)
-    with Recorder(verifying.written(forms)) as recorder:
-        out, largest, total, *_ = ops.npu_fusion_attention(q, k, v, heads, layout, scale=0.3, **flags)
+    with verifying.Recorder(verifying.written(forms)) as recorder:
+        out, largest, total, *_ = ops.npu_fusion_attention(
+            q, k, v, heads, layout, scale=0.3, **flags
+        )
         ops.npu_fusion_attention_grad(
             q, k, v, dy, heads, layout, scale_value=0.3, softmax_max=largest, softmax_sum=total,
             attention_in=out, **flags,
@@ -360,24 +365,30 @@ MASKS = ((0, ()), (0, (7, 6, 10, 22)), (1, (7, 1, 10, 22)), (0, (1, 1, 10, 22)),
 TRIANGLES = ((2, (64, 64)), (3, (64, 64)))
 
 
-def test_npu_layouts_are_right_on_a_stand_in(npu_ops: Any) -> None:
+@pytest.mark.parametrize(
+    "layout", ["BNSD", "SBH", *(pytest.param(x, marks=pytest.mark.slow) for x in ("BSND", "BSH"))]
+)
+def test_npu_layouts_are_right_on_a_stand_in(npu_ops: Any, layout: str) -> None:
     """A stand-in of our own with the schema of the documentation; Ascend's kernels were never run."""
-    assert not {s.op: why for s in npu.SIGNATURES if (why := misfit(s))}
     forms = verifying.by_op(npu.SIGNATURES)
-    seen: dict[str, set[str]] = {}
-    for layout, (mode, mask) in itertools.product(
-        ("BNSD", "BSND", "BSH", "SBH"), (*MASKS, *TRIANGLES)
-    ):
-        for kv_heads in (6, 2):
-            calls = npu_calls(npu_ops, layout, kv_heads, mode, mask)
-            assert len(calls) == 2
-            for call, mesh in itertools.product(calls, ((2,), (2, 2))):
-                gaps = verifying.verify(call, forms, mesh)
-                assert max(gaps.values()) <= 1, (layout, mode, mask, gaps)
-                seen.setdefault(f"{layout} {mode}", set()).update(gaps)
-    assert "queries, batch" in seen["BSH 0"]
-    assert seen["BNSD 2"] == {"batch", "batch, batch", "batch, replicate", "replicate, batch",
-                              "replicate", "replicate, replicate"}  # fmt: skip
+    seen: dict[int, set[str]] = {}
+    for mode, mask in (*MASKS, *TRIANGLES):
+        calls = npu_calls(npu_ops, layout, 2 if mask else 6, mode, mask)
+        assert len(calls) == 2
+        for call, mesh in itertools.product(calls, ((2,), (3,))):
+            gaps = verifying.verify(call, forms, mesh)
+            assert max(gaps.values()) <= 1, (layout, mode, mask, gaps)
+            seen.setdefault(mode, set()).update(gaps)
+    assert seen == {
+        0: {"batch", "queries", "replicate"},
+        1: {"batch", "queries", "replicate"},
+        2: {"batch", "replicate"},
+        3: {"batch", "replicate"},
+    }
+
+
+def test_npu_signatures_fit_the_schemas(npu_ops: Any) -> None:
+    assert not {s.op: why for s in npu.SIGNATURES if (why := misfit(s))}
 
 
 def test_npu_heads_cannot_be_sharded(npu_ops: Any) -> None:

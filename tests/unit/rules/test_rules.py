@@ -499,6 +499,135 @@ def test_cost_findings_offer_only_what_is_free() -> None:
     }
 
 
+# --- what `attncheck fix` can do, and the price of the others --------------------------------------
+
+
+def placed_bytes(result: CaseResult, each: int = 4800) -> CaseResult:
+    """The same with q, k and v of so many bytes."""
+    case = dataclasses.replace(result.case, tensor_bytes=dict.fromkeys("qkv", each))
+    return dataclasses.replace(result, case=case)
+
+
+def test_a_missing_strategy_is_for_attncheck_fix_behind_what_is_proven_to_be_free() -> None:
+    costly = Outcome(Status.REDISTRIBUTED, collectives=GATHER)
+    results = [make(missing()), make(costly, "a_costly"), make(OK, "b_free")]
+    (finding,) = found(results, "ATN101")
+    assert kinds(finding) == ["operator", "strategy", "route", "operator"]
+    assert finding.remedies[1].code.startswith(
+        f"attncheck fix --from report.json --kernel-op '{FLASH}' --write attncheck_fixes.py"
+    )
+    assert "`a_costly`" in finding.remedies[3].text
+
+
+def test_an_op_that_writes_in_place_needs_placements_that_lie_alike() -> None:
+    (finding,) = found([make(missing(FLASH_BACKWARD, "backward"), direction="backward")], "ATN102")
+    strategy = next(r for r in finding.remedies if r.kind == "strategy")
+    assert "bring q, k and v to one placement" in strategy.text
+
+
+def test_no_strategy_is_offered_for_a_higher_order_op() -> None:
+    (finding,) = found([make(missing("higher_order.flex_attention"))], "ATN101")
+    strategy = next(r for r in finding.remedies if r.kind == "strategy")
+    assert strategy.text.startswith("No strategy can be registered")
+    assert "attncheck fix" not in "".join(r.text + r.code for r in finding.remedies)
+
+
+@pytest.mark.parametrize(
+    ("target", "directions", "sent"),
+    [
+        # From S(1) over 2 ranks a tensor of 4800 B has 2400 B on each. An all-gather sends them to one peer,
+        # an all-to-all half of them.
+        ("replicate", ("forward",), "7.031 KiB"),
+        ("heads", ("forward",), "3.516 KiB"),
+        ("heads", ("forward", "backward"), "7.031 KiB"),  # gradients go the way back
+    ],
+)
+def test_redistribution_says_what_it_sends(
+    target: str, directions: tuple[str, ...], sent: str
+) -> None:
+    graded = dict.fromkeys(("grad.q", "grad.k", "grad.v"), ("S(2)",))
+    ran = {
+        "forward": OK,
+        "backward": dataclasses.replace(OK, outputs=graded),
+    }
+    results = []
+    for d in directions:
+        results.append(placed_bytes(make(missing(), placement="sequence", direction=d)))
+        results.append(placed_bytes(make(ran[d], placement=target, direction=d)))
+    (finding,) = found(results, "ATN101")
+    remedy = next(r for r in finding.remedies if r.kind == "redistribute")
+    assert f"{target} (1 of 1, at the price of up to {sent} sent per rank and call)" in remedy.text
+    assert finding.remedies[0] is remedy  # a strategy would have to send as much
+
+
+def test_the_cheaper_placement_is_the_one_whose_code_is_shown() -> None:
+    results = [
+        placed_bytes(make(missing(), placement="sequence")),
+        placed_bytes(make(OK, placement="replicate")),
+        placed_bytes(make(OK, placement="heads")),
+    ]
+    (finding,) = found(results, "ATN101")
+    remedy = next(r for r in finding.remedies if r.kind == "redistribute")
+    assert "q.redistribute(placements=[Shard(2)])" in remedy.code
+    assert remedy.text.index("heads") < remedy.text.index("replicate")
+
+
+def test_where_nothing_works_yet_a_placement_to_redistribute_to_is_named_with_its_price() -> None:
+    sick = [placed_bytes(make(missing(), placement=p)) for p in ("sequence", "heads")]
+    (finding,) = found(sick, "ATN101")
+    remedy = next(r for r in finding.remedies if r.kind == "redistribute")
+    assert (remedy.evidence, "which sends 3.516 KiB per rank" in remedy.text) == ((), True)
+    assert "q.redistribute(placements=[Shard(2)])" in remedy.code
+    assert finding.remedies[-1] is remedy
+    (finding,) = found(sick[1:], "ATN101")
+    assert "redistribute" not in kinds(finding)
+
+
+def bypass(operator: str) -> CaseResult:
+    outcome = Outcome(
+        Status.ERROR, kernel_op="flash_attn_2_cuda.fwd", exception_type="BypassesDispatcher"
+    )
+    result = make(outcome, operator)
+    case = dataclasses.replace(result.case, function=f"flash_attn.{operator}")
+    return dataclasses.replace(result, case=case)
+
+
+def test_a_known_function_that_is_no_op_gets_a_wrapper_and_another_one_local_map() -> None:
+    (finding,) = found([bypass("flash_attn_with_kvcache")], "ATN104")
+    assert kinds(finding)[0] == "strategy"
+    assert finding.remedies[0].text.startswith("No strategy can mend this: what it calls is no")
+    assert "--kernel-op 'flash_attn.flash_attn_with_kvcache'" in finding.remedies[0].code
+    assert "local_map(" in finding.remedies[1].code
+    (finding,) = found([bypass("somebodys_attention")], "ATN104")
+    assert "strategy" not in kinds(finding)
+    assert "local_map(" in local_map_code(finding)
+
+
+def test_an_ordinary_tensor_made_inside_gets_a_wrapper() -> None:
+    inside = make(missing(kind="mixed"), "flash_attn_qkvpacked_func")
+    case = dataclasses.replace(inside.case, function="flash_attn.flash_attn_qkvpacked_func")
+    (finding,) = found([dataclasses.replace(inside, case=case)], "ATN103")
+    assert "the operator itself makes an ordinary tensor" in finding.remedies[0].text
+    assert "flash_attn.flash_attn_qkvpacked_func" in finding.remedies[0].code
+
+
+def test_a_strategy_of_torch_that_is_known_to_be_wrong_is_replaced() -> None:
+    op = "aten._scaled_dot_product_flash_attention.default"
+    wrong = dataclasses.replace(fact("wrong_result"), kernel_op=op)
+    (finding,) = found([make(wrong)], "ATN201")
+    assert kinds(finding)[:1] == ["strategy"]
+    assert f"--kernel-op '{op}'" in finding.remedies[0].code
+    (finding,) = found([make(fact("wrong_result"))], "ATN201")
+    assert "strategy" not in kinds(finding)
+
+
+def test_what_rules_say_of_fixes_is_what_there_is() -> None:
+    from attncheck.fixes import packages
+
+    assert {s.op for s in packages.functions()} == remedies.WRAPPED
+    assert {s.op for s in packages.known() if s.overrides} == remedies.OVERRIDDEN
+
+
 def local_map_code(finding: Finding) -> str:
     return next(r.code for r in finding.remedies if "local_map(" in r.code)
 
