@@ -489,6 +489,8 @@ def fix(ctx: click.Context, /, **given: Any) -> None:
     for line in fixing.summary(fixed):
         click.echo(line, err=True)
     click.echo(target.put(fixed.text), nl=False)
+    if target.write and fixed.text:
+        _log(f"wrote {target.file}")
     _write(fixed.report, outputs, options["verbose"])
     ctx.exit(output.exit_code(fixed))
 

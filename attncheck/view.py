@@ -929,9 +929,13 @@ def _steps(report: Report, groups: Sequence[Group]) -> tuple[Step, ...]:
         steps.append(
             Step(f"attncheck explain {first.rule}", f"what {first.name or first.rule} means")
         )
+    options = _what_brings_it(str(report.environment.get("command", "")))
+    if first is not None and (globs := _mendable(report, first)):
+        chosen = [option for option in options if not option.startswith("--ranks")]
+        command = " ".join(["attncheck fix", *chosen, globs, "--write attncheck_fixes.py"])
+        steps.append(Step(command, "a module that registers its strategies, once it is verified"))
     operator = _operator_of(report, first)
     if operator:
-        options = _what_brings_it(str(report.environment.get("command", "")))
         command = " ".join(["attncheck scan", *options, f"--operator {shlex.quote(operator)} -v"])
         steps.append(Step(command, "run it alone, every case listed"))
     if isinstance(report.environment.get("mesh"), Mapping):  # of several it is a list
@@ -972,6 +976,19 @@ def _what_brings_it(command: str) -> list[str]:
     parts = [word.split("=", 1) if word.startswith("--") else [word] for word in words]
     pairs = itertools.pairwise(itertools.chain.from_iterable(parts))
     return [f"{option} {shlex.quote(value)}" for option, value in pairs if option in _BRINGING]
+
+
+def _mendable(report: Report, first: FindingView) -> str:
+    """The option that selects the ops of the first finding's package which lack a strategy, or ''."""
+    if not first.rule.startswith("ATN10"):
+        return ""
+    ids = {*first.cases}
+    missing = (m for r in report.cases if r.case.id in ids for m in r.outcome.missing_ops)
+    ops = [m.op for m in missing if m.kind != "mixed" and not m.op.startswith("higher_order.")]
+    namespace, _, _ = ops[0].partition(".") if ops else ("", "", "")
+    # PyTorch's own ops are many, and most of them somebody else's business.
+    glob = f"{namespace}.*" if namespace not in ("", "aten") else "".join(ops[:1])
+    return f"--kernel-op {shlex.quote(glob)}" if glob else ""
 
 
 def _operator_of(report: Report, first: FindingView | None) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from attncheck import environment
+from attncheck import environment, provision
 from attncheck.errors import UserError, unknown
 from attncheck.fixes import emit, packages, synthesis, verify
 from attncheck.fixes.notation import NO_STRATEGY_HAS, Signature
@@ -44,12 +44,14 @@ class FixRequest:
 class Fixed:
     """What came of it. `text`: the module, '' where there is nothing to write; `report`: the cases with
     the fix, each with its status before; `evidence`: for each op that was asked for; `unmended`: ops for
-    which there is no strategy, and why."""
+    which there is no strategy, and why; `needless`: those without a verified one that no case misses, since
+    a function is wrapped that calls them."""
 
     text: str
     report: Report
     evidence: tuple[Evidence, ...]
     unmended: Mapping[str, str]
+    needless: frozenset[str] = frozenset()
 
 
 def fix(request: FixRequest, log: Log, on_progress: Progress) -> Fixed:
@@ -71,7 +73,9 @@ def fix(request: FixRequest, log: Log, on_progress: Progress) -> Fixed:
         ops = {s.op for s in shipped}
         evidence = [e for e in verification.evidence if e.op in ops]
         text = _module(shipped, header(verification.report, evidence), request.name)
-    return Fixed(text, verification.report, tuple(verification.evidence), unmended)
+    return Fixed(
+        text, verification.report, tuple(verification.evidence), unmended, verification.needless()
+    )
 
 
 # --- what to mend --------------------------------------------------------------------------------
@@ -152,12 +156,22 @@ def wanted_ops(results: Sequence[CaseResult], globs: Sequence[str]) -> list[str]
     for glob in globs:
         if not any(_matches(op, glob) for op in met | functions):
             raise UserError(
-                f"No kernel op of these cases matches {glob!r}; they reached "
-                f"{wording.listing(met, limit=12) or 'none: nothing ran'}."
+                f"No kernel op of these cases matches {glob!r}; {_reached(met, results)}."
             )
     need = refused | broken
     need |= {partner for op in need if (partner := _other_direction(op, met))}
     return sorted(op for op in need if not globs or any(_matches(op, glob) for glob in globs))
+
+
+def _reached(met: Iterable[str], results: Sequence[CaseResult]) -> str:
+    """What cases came to, for who asks for something else."""
+    if names := wording.listing(met, limit=12):
+        return f"they reached {names}"
+    why = next((r.outcome.message for r in results if r.outcome.message), "there are none")
+    brings = next(
+        (f" (--with {name} provisions it)" for name in provision.RECIPES if name in why), ""
+    )
+    return f"none of them ran: {wording.first_line(why).rstrip('.')}{brings}"
 
 
 def wanted_functions(results: Sequence[CaseResult], globs: Sequence[str]) -> list[Signature]:
@@ -283,11 +297,18 @@ class _Verification:
         kept = [s for s in asked if s.op not in failed]
         if self.request.unverified:
             kept = list(asked)
-        elif failed and kept:  # what is left must be right without the others
+        elif kept and any(e.failed for e in evidence):
+            # What is left must be right without the others. (One that no case could ask changes nothing.)
             evidence = [*self._verify(kept, beside), *(e for e in evidence if e.op in failed)]
             kept = [s for s in kept if any(e.op == s.op and e.verified for e in evidence)]
         self.evidence += evidence
         return kept
+
+    def needless(self) -> frozenset[str]:
+        """Ops without a verified strategy that no case fails for any more."""
+        ops = {e.op for e in self.evidence if not e.verified}
+        now = (verify.evidence(op, ops, self.report.cases) for op in ops)
+        return frozenset(e.op for e in now if not e.failed and not e.elsewhere)
 
     def _verify(self, asked: Sequence[Signature], beside: Sequence[Signature]) -> list[Evidence]:
         """Run the cases that reach these, and say what came of it."""
@@ -388,9 +409,14 @@ def summary(fixed: Fixed) -> list[str]:
     """What a user reads: op by op, before and after, and what is left to do."""
     lines = []
     for e in fixed.evidence:
-        lines += [
-            f"{'verified' if e.verified else 'NOT VERIFIED'}  {e.op}",
-            *_evidence_lines(e)[1:],
-        ]
+        if e.op in fixed.needless:
+            lines.append(f"not needed  {e.op}: what calls it is called on local shards")
+            continue
+        lines.append(f"{'verified' if e.verified else 'NOT VERIFIED'}  {e.op}")
+        lines += _evidence_lines(e)[1:]
     lines += [f"no strategy  {op}: {why}" for op, why in sorted(fixed.unmended.items())]
-    return lines
+    if lines:
+        return lines
+    if not any(r.outcome.status.ran for r in fixed.report.cases):
+        return [f"Nothing to mend was found: {_reached((), fixed.report.cases)}."]
+    return ["Nothing to mend: no kernel op of these cases lacks a strategy."]

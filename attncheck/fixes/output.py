@@ -107,5 +107,6 @@ def exit_code(fixed: Fixed) -> int:
     """0: whatever needs a strategy has a verified one; 1: something has none; 3: nothing ran."""
     if not any(r.outcome.status.ran for r in fixed.report.cases):
         return EXIT_INCONCLUSIVE
-    unmended = fixed.unmended or any(not e.verified for e in fixed.evidence)
+    missed = {e.op for e in fixed.evidence if not e.verified} - fixed.needless
+    unmended = fixed.unmended or missed
     return EXIT_UNMENDED if unmended else EXIT_FIXED

@@ -134,7 +134,8 @@ class Bench:
     """Makes calls, each announced before, and remembers what judging them needs.
 
     `say` is told what is about to be done; what is in `fatal` ended a process before, and is left out.
-    What was found of pieces is in `known`, and told to `remember`.
+    What was found of pieces is in `known`, and told to `remember`. `apart` does what may harm the process
+    where it cannot, and gives None where that ended.
     """
 
     def __init__(
@@ -143,17 +144,15 @@ class Bench:
         fatal: Sequence[str] = (),
         known: Mapping[str, dict[str, Placed] | str] | None = None,
         remember: Callable[[str, dict[str, Placed] | str], None] = lambda key, found: None,
+        apart: Callable[[Callable[[], Any]], Any] = lambda work: work(),
     ) -> None:
         self.say = say
         self.fatal = frozenset(fatal)
         self.known = dict(known or {})
         self.remember = remember
+        self.apart = apart
         self.made = 0
         self._exact: dict[int, tuple[Call, dict[str, torch.Tensor] | None]] = {}
-
-    def has_ended(self, call: Call, label: str) -> bool:
-        """Whether a call with such a label ended a process before."""
-        return any(text.startswith(f"{call.op} ") and label in text for text in self.fatal)
 
     def run(self, call: Call, arguments: Mapping[str, Any], what: str) -> Call | str:
         """The same call with other arguments, on copies of them; or in a few words why it cannot be."""

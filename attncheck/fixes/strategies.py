@@ -82,6 +82,14 @@ class Strategy:
         ]
         if not possible:
             raise Refused(_none_fits(signature, fixed, specs, shapes, values, mesh))
+        if "query" in specs and _in_context_parallel():
+            lies = tuple(specs["query"].placements)
+            possible = [layout for layout in possible if layout.takes["query"] == lies]
+            if not possible:
+                raise Refused(
+                    f"{signature.op} within context_parallel, which takes what comes out for shards of the "
+                    "sequence: no strategy leaves the queries where they lie"
+                )
         return self._spec_of(cheapest(possible, specs, mesh), specs, mesh)
 
     def _spec_of(self, layout: Layout, specs: Mapping[str, Any], mesh: Any) -> Any:
@@ -128,6 +136,12 @@ def _unmovable(
     return [name for name in specs if name in written or name in kwargs]
 
 
+def _in_context_parallel() -> bool:
+    """It hands its shards of the sequence to SDPA, and takes what comes out for such, wherever it lies."""
+    handled = getattr(DTensor._op_dispatcher, "_custom_op_handlers", {})
+    return torch.ops.aten._scaled_dot_product_flash_attention.default in handled
+
+
 def cheapest(possible: Sequence[Layout], specs: Mapping[str, Any], mesh: Any) -> Layout:
     """The least communication, then the fewest tensors moved: the same choice on every rank."""
 
@@ -170,8 +184,8 @@ def install(signatures: Iterable[Signature], required: bool = True) -> dict[str,
     """Give DTensor a strategy for each op, before or after its first use; twice is harmless.
 
     Returns what became of each op: `registered`, `registered before`, `left alone` (torch has a strategy
-    of its own), `another version` (it returns more or less than described) or `absent`. Raises NotRegistered where a required op is absent, or a strategy does not
-    answer once it is registered.
+    of its own), `another version` (it returns more or less than described) or `absent`. Raises
+    NotRegistered where a required op is absent, or a strategy does not answer once it is registered.
     """
     forms: dict[str, list[Signature]] = {}
     for signature in signatures:

@@ -25,9 +25,12 @@ from attncheck.fixes.packages import known
 from attncheck.fixes.recording import Call
 from attncheck.runner.available import Availability
 
-# Ops that synthesis describes in one way more than their signatures do, and why. It calls stand-ins, which do
-# not look at what the real kernels look at.
-QUERIES_TOO = {
+# Ops of which one of the two has a row for queries that the other has not, and why; the rest is the same.
+# Synthesis calls stand-ins, which do not look at what the real kernels look at.
+BUT_FOR_QUERIES = {
+    "aten._scaled_dot_product_flash_attention.default": "it returns max_q, of which each rank has its own: "
+    "synthesis takes only what is the same on all",
+    "aten._scaled_dot_product_cudnn_attention.default": "it returns max_q, too",
     "aten._cudnn_attention_forward.default": "its backward has no row for queries",
     "aten._cudnn_attention_backward.default": "the kernel reads the number of queries from max_q",
     "aten._scaled_dot_product_cudnn_attention_backward.default": "the kernel reads it from max_q",
@@ -74,8 +77,10 @@ def differences(
     ours: Sequence[Signature], theirs: Sequence[Signature], calls: Sequence[Call]
 ) -> list[str]:
     """Where the first description offers what the second does not, and the other way round."""
-    if calls[0].op in QUERIES_TOO:
-        ours = [replace(signature, queries=None) for signature in ours]
+    if calls[0].op in BUT_FOR_QUERIES:
+        ours, theirs = (
+            [replace(signature, queries=None) for signature in forms] for forms in (ours, theirs)
+        )
     out = []
     for call in calls:
         for mesh in MESHES:
@@ -88,12 +93,12 @@ def differences(
     return out
 
 
-def recorded(probe: str, ops: Sequence[str]) -> dict[str, list[Call]]:
-    """op -> the calls that the operators of a built-in probe make of it."""
+def recorded(probe: str, ops: Sequence[str], only: str = "") -> dict[str, list[Call]]:
+    """op -> the calls that the operators of a built-in probe (or one of them) make of it."""
     availability = Availability("cpu")
     out: dict[str, list[Call]] = {}
     for operator in plugins.load_probe_file(plugins.builtin_dir("probes") / probe).operators:
-        if availability.refusal(operator) is None:
+        if only in ("", operator.name) and availability.refusal(operator) is None:
             settings = [s for s in operator.settings if not s.dropout and s.level != "full"]
             for call in recording.record(
                 operator, settings, SEED, wanted=lambda op: str(op) in ops

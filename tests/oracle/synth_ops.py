@@ -135,9 +135,12 @@ define(f"deadly_attention({QKV}) -> Tensor", _deadly, like_q)
 
 # --- with a mistake, or a trap ---------------------------------------------------------------------
 
-define(
-    f"coupled({QKV}) -> Tensor", lambda q, k, v: attend(q, k - k.mean(0, keepdim=True) * 0.5, v * k.std(0))[0], like_q
-)  # fmt: skip
+
+def _coupled(q, k, v):
+    return attend(q, k - k.mean(0, keepdim=True) * 0.5, v * k.std(0))[0]
+
+
+define(f"coupled({QKV}) -> Tensor", _coupled, like_q)
 define(f"always_causal({QKV}) -> Tensor", lambda q, k, v: attend(q, k, v, True)[0], like_q)
 define(
     f"not_on_three({QKV}) -> Tensor",

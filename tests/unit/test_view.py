@@ -312,8 +312,9 @@ def test_exit_line_agrees_with_the_exit_code(report: Report, words: str) -> None
 
 def test_steps_can_be_pasted(sample) -> None:
     commands = [step.command for step in sample.steps]
-    assert commands[:2] == [
+    assert commands[:3] == [
         "attncheck explain ATN101",
+        "attncheck fix --with flash-attn --kernel-op 'flash_attn.*' --write attncheck_fixes.py",
         "attncheck scan --with flash-attn --operator flash_attn_func -v",
     ]
     bracket = [f for f in sample_report.sample().findings if f.rule == "ATN201"]
@@ -335,7 +336,9 @@ def test_a_scan_of_one_operator_keeps_what_brings_it(command: str, scan: str) ->
     report = sample_report.sample()
     environment = {**report.environment, "command": command}
     steps = view.build(dataclasses.replace(report, environment=environment)).steps
-    assert scan in steps[1].command
+    assert scan in steps[2].command
+    brought = scan.removeprefix("attncheck ").removeprefix("scan").partition(" --ranks")[0]
+    assert f"attncheck fix{brought.removesuffix(' --operator')} --kernel-op" in steps[1].command
 
 
 def test_costs_add_up_over_kernel_ops() -> None:

@@ -1,4 +1,4 @@
-"""The module that is written: torch alone, the engine verbatim, recognised as ours until somebody edits it."""
+"""The module that is written: torch alone, the engine verbatim, ours until somebody edits it."""
 
 from __future__ import annotations
 

@@ -447,6 +447,23 @@ def test_tensors_passed_by_keyword_are_never_moved(mask_at: Any, q_at: Any, refu
     assert max(gaps) < 1e-5
 
 
+def test_within_context_parallel_queries_stay_where_they_lie(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It calls `to_local` on what comes out, and takes it for a part of the sequence."""
+    install(CPU)
+    sequence = (2,), ([QUERIES], [QUERIES])
+    moved = attended(sdpa(causal=True), *sequence)[1]
+    assert moved != (QUERIES,)  # the premise: right, and not where context_parallel takes it to be
+    handled = torch.ops.aten._scaled_dot_product_flash_attention.default
+    handlers = {**DTensor._op_dispatcher._custom_op_handlers, handled: lambda *a, **k: None}
+    monkeypatch.setattr(DTensor._op_dispatcher, "_custom_op_handlers", handlers)
+    strategies.forget_propagated()
+    assert attended(sdpa(), *sequence)[1] == (QUERIES,)
+    with pytest.raises(Exception, match="within context_parallel, which takes what comes out for"):
+        attended(sdpa(causal=True), *sequence)
+
+
 @torch.library.custom_op("attncheck_test::add_into", mutates_args=("out",))
 def add_into(q: torch.Tensor, out: torch.Tensor, flag: bool = False) -> torch.Tensor:
     out.copy_(q + 1)

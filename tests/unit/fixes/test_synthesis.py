@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,16 @@ import pytest
 import torch
 
 from attncheck.errors import UserError
-from attncheck.fixes import recording, synthesis
+from attncheck.fixes import packages, recording, synthesis
 from attncheck.fixes.recording import Bench, Call
+from attncheck.fixes.synthesis import checking, process
 from attncheck.runner import compat
 
 ORACLE = Path(__file__).parents[2] / "oracle"
 sys.path.insert(0, str(ORACLE))
 
-import synth_ops  # noqa: E402  (registers the ops)
+import synth_known  # noqa: E402
+import synth_ops  # noqa: E402, F401  (registers the ops)
 
 ROOT = Path(__file__).parents[3]
 # batch, sequence, kv sequence, heads, kv heads, head_dim; all differ, and so do their halves.
@@ -297,14 +302,18 @@ def test_what_ended_a_process_is_not_called_again() -> None:
         ([{"causal": False}], [], {"causal": False}),  # what was not seen to hold is left out
         ([{"causal": False}], [{"causal": False}], None),
         ([], [{"causal": False}], None),
-        ([{"causal": False, "scale": 0.3}], [{"causal": False, "scale": 0.5}], {"scale": 0.3, "causal": False}),
+        (
+            [{"causal": False, "scale": 0.3}],
+            [{"causal": False, "scale": 0.5}],
+            {"scale": 0.3, "causal": False},
+        ),
     ],
-)  # fmt: skip
+)
 def test_conditions(good: Any, bad: Any, wanted: Any) -> None:
     def made(options: dict[str, Any]) -> Call:
         return Call("synth.healthy.default", 5, {**qkv(PLAIN), "scale": 0.3, **options}, ())
 
-    assert synthesis.conditions([made(o) for o in good], [made(o) for o in bad]) == wanted
+    assert checking.conditions([made(o) for o in good], [made(o) for o in bad]) == wanted
 
 
 # --- in a child process -----------------------------------------------------------------------------
@@ -329,10 +338,11 @@ def test_ops_that_an_import_registers_are_synthesised_in_a_child() -> None:
     assert all(text.startswith("synth.deadly_attention.default ") for text in answer.fatal)
 
 
-def test_a_module_that_does_not_import_is_named() -> None:
-    request = synthesis.Request(imports=("nowhere_to_be_found",))
+def test_a_module_that_does_not_import_is_named(tmp_path: Path) -> None:
+    doing = process._Doing(tmp_path / "doing")
     with pytest.raises(UserError, match="nowhere_to_be_found does not import"):
-        synthesis.for_operators(request)
+        process._registered_by(["nowhere_to_be_found"], doing)
+    assert doing.now() == "importing nowhere_to_be_found"
 
 
 # --- what is known comes out the same ----------------------------------------------------------------
@@ -356,23 +366,33 @@ def known(probe: str, *packages: str) -> dict[str, Any]:
     return found
 
 
-def test_varlen_comes_out_as_it_is_described() -> None:
-    found = known("varlen.py")
-    assert set(found) == {
-        "torch_attn._varlen_attn.default",
-        "torch_attn._varlen_attn_backward.default",
-        "torch_attn._varlen_attn_out.default",
-    }
-    assert not {
-        op: one.get("differences", one) for op, one in found.items() if one.get("differences", one)
-    }
-    assert all(one["compared"] > 0 and one["held_out"] > 0 for one in found.values())
+def different(found: dict[str, Any]) -> dict[str, Any]:
+    return {op: why for op, one in found.items() if (why := one.get("differences", one))}
+
+
+@pytest.mark.parametrize("direction", ["", "_backward"])
+def test_sdpa_on_a_cpu_comes_out_as_it_is_described(direction: str) -> None:
+    """Its forward ends the process where heads are torn: each time the work goes on in another fork."""
+    op = f"aten._scaled_dot_product_flash_attention_for_cpu{direction}.default"
+    calls = synth_known.recorded("sdpa.py", [op], "sdpa[FLASH_ATTENTION]")[op]
+    described = [s for s in packages.known() if s.op == op]
+    found, held = synthesis.choose(calls)
+    fatal: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        doing = process._Doing(Path(folder, "doing"))
+        made = process._in_forks(partial(process._work, op, found, held, ""), doing, fatal)
+    assert isinstance(made, synthesis.Synthesis), made
+    assert bool(fatal) is (direction == "")
+    assert made.found.held_out > 50
+    assert synth_known.differences(made.signatures, described, calls) == []
+    # The comparison sees what is left out, and what is too much.
+    fewer = [replace(s, queries=None) for s in made.signatures]
+    assert "not synthesised" in synth_known.differences(fewer, described, calls)[0]
+    assert "not described" in synth_known.differences(described, fewer, calls)[0]
 
 
 @pytest.mark.slow
 def test_all_known_ops_come_out_as_they_are_described() -> None:
-    import synth_known
-
     found = {
         **known("varlen.py"),
         **known("sdpa.py"),
@@ -381,10 +401,7 @@ def test_all_known_ops_come_out_as_they_are_described() -> None:
         **known("flash_attn.py", "flash-attn"),
         **known("xformers.py", "xformers", "flash-attn"),
     }
-    assert not {
-        op: one.get("differences", one) for op, one in found.items() if one.get("differences", one)
-    }
-    from attncheck.fixes.packages import known as described
-
-    missing = {s.op for s in described()} - set(found)
+    assert not different(found)
+    assert all(one["compared"] > 0 and one["held_out"] > 0 for one in found.values())
+    missing = {s.op for s in packages.known()} - set(found)
     assert missing == set(synth_known.UNREACHED)

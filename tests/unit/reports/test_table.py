@@ -8,10 +8,10 @@ import sample_report
 
 from attncheck import plugins
 from attncheck.model import Report
-from attncheck.view import RenderOptions
+from attncheck.view import RenderOptions, build
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
-COPIED = ("attncheck scan", "attncheck explain", "from torch", "         ")
+COPIED = ("attncheck scan", "attncheck fix", "attncheck explain", "from torch", "         ")
 
 
 def render(report: Report, **options: object) -> str:
@@ -38,6 +38,7 @@ def test_snapshot(name: str, options: dict) -> None:
 def test_no_line_is_wider_than_asked(width: int, verbose: bool) -> None:
     text = render(sample_report.sample(), width=width, verbose=verbose)
     code = {line.strip() for line in sample_report.LOCAL_MAP.split("\n")}
+    code |= {step.command for step in build(sample_report.sample()).steps}
     too_wide = [s for s in text.split("\n") if len(s) > width and s.strip() not in code]
     assert too_wide == []
 
