@@ -571,18 +571,10 @@ def _write(report: Report, outputs: Sequence[tuple[Any, Path | None]], verbose: 
 def report(file: Path, format_: str, output: Path | None, verbose: bool) -> None:
     """Render a saved JSON report again, in another format. Runs nothing, needs no torch."""
     from attncheck import plugins
-    from attncheck.model import load_report
+    from attncheck.model import read_report
 
     form = plugins.load_format(format_)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"Cannot read {file}: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{file} is not a text file; expected a report written by --output json."
-        ) from None
-    _write(load_report(text, str(file)), [(form, output)], verbose)
+    _write(read_report(file), [(form, output)], verbose)
 
 
 # --- explaining ----------------------------------------------------------------------------------

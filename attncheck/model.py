@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from attncheck.errors import UserError
@@ -520,6 +521,19 @@ def load_report(text: str, where: str = "report") -> Report:
             f"{where} has schema_version {version}; this attncheck reads {SCHEMA_VERSION}."
         )
     return from_json(Report, document, where)
+
+
+def read_report(file: Path) -> Report:
+    """A saved report. Raises UserError where the file cannot be read, or is none that we can."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"Cannot read {file}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{file} is not a text file; expected a report written by --output json."
+        ) from None
+    return load_report(text, str(file))
 
 
 def worst(statuses: Iterable[Status]) -> Status:

@@ -30,7 +30,7 @@ from attncheck.probing import (
 if TYPE_CHECKING:
     import torch
 
-STANDINS = ("flash_attn_3",)
+STANDINS = {"raw": ("flash_attn_3_beta",), "custom_op": ("flash_attn_3",)}
 RAW_OPS = ("flash_attn_3.fwd.default", "flash_attn_3.bwd.default")
 CUSTOM_OPS = (
     "flash_attn_3._flash_attn_forward.default",
@@ -99,10 +99,10 @@ def missing(surface: str) -> str:
 
 def interface(surface: str, q: torch.Tensor) -> Any:
     """`flash_attn_interface` itself on a GPU, and what stands for it on a CPU."""
-    from attncheck.standins import flash_attn_3
+    from attncheck.standins import flash_attn_3, flash_attn_3_beta
 
     if q.device.type == "cpu":
-        return flash_attn_3.interface(surface)
+        return flash_attn_3_beta if surface == "raw" else flash_attn_3.interface(surface)
     return flash_attn_3.import_package()
 
 
@@ -238,7 +238,7 @@ def _operator(name: str, surface: str, **parts: Any) -> Operator:
         reference=reference,
         kernel_ops=RAW_OPS if surface == "raw" else CUSTOM_OPS,
         missing=partial(missing, surface),
-        standins=STANDINS,
+        standins=STANDINS[surface],
         **parts,
     )
 

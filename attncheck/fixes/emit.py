@@ -34,6 +34,12 @@ The signatures below say what the dims of each op's tensors are, and the strateg
 A strategy that torch has of its own is left alone, unless a signature says in which versions it is wrong.
 """
 
+_USE_FUNCTIONS = """\
+The functions under FUNCTIONS are no dispatcher ops, or mix plain tensors with DTensors. `register` puts a
+wrapper in the place of each that calls it on local shards: import them by name after it, or call them by
+their module.
+"""
+
 _REGISTER = '''
 def register(required: bool = True) -> dict[str, str]:
     """Give DTensor these strategies{patched}. Returns what became of each op.
@@ -60,7 +66,7 @@ def module(
     """The text of a module that registers these. `evidence`: the lines that say what it was verified on."""
     today = datetime.date.today().isoformat()
     head = f"Sharding strategies for DTensor, written by attncheck {__version__} on {today}.\n\n"
-    head += _USE.format(name=name)
+    head += _USE.format(name=name) + (_USE_FUNCTIONS if functions else "")
     if evidence:
         head += "\n" + "\n".join(evidence) + "\n"
     head += f"\n{MARK} {{digest}}\n"

@@ -17,7 +17,7 @@ from attncheck.errors import UserError, unknown
 from attncheck.fixes import emit, packages, synthesis, verify
 from attncheck.fixes.notation import NO_STRATEGY_HAS, Signature
 from attncheck.fixes.verify import Evidence, Progress
-from attncheck.model import BYPASSES_DISPATCHER, CaseResult, Report, Status, load_report
+from attncheck.model import BYPASSES_DISPATCHER, CaseResult, Report, Status, read_report
 from attncheck.plan import Selection
 from attncheck.probing import Operator
 from attncheck.rules import wording
@@ -103,15 +103,7 @@ def _found(request: FixRequest, log: Log, on_progress: Progress) -> tuple[FixReq
 
 def read(path: Path) -> Report:
     """A saved report that was made with the torch that is here. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{path} is not a text file; expected a report written by --output json."
-        ) from None
-    report = load_report(text, str(path))
+    report = read_report(path)
     theirs = dict(report.environment.get("packages") or {}).get("torch", "none")
     ours = environment.packages().get("torch", "none")
     if theirs != ours:
@@ -176,16 +168,17 @@ def _reached(met: Iterable[str], results: Sequence[CaseResult]) -> str:
 
 def wanted_functions(results: Sequence[CaseResult], globs: Sequence[str]) -> list[Signature]:
     """Functions that attncheck can call on local shards, and that no strategy mends: they are no dispatcher
-    ops, or put ordinary tensors of their own beside the DTensors."""
-    need = {
-        r.case.function
-        for r in results
-        if r.outcome.exception_type == BYPASSES_DISPATCHER or _mixes_by_itself(r)
-    }
+    ops, put ordinary tensors of their own beside the DTensors, or reach an op that can have no strategy."""
+    names: dict[str, set[str]] = {}  # function -> what it can be asked for by
+    for r in results:
+        hopeless = verify.refused_ops(r.outcome) & {*packages.NO_STRATEGY}
+        if hopeless or r.outcome.exception_type == BYPASSES_DISPATCHER or _mixes_by_itself(r):
+            names.setdefault(r.case.function, {r.case.function}).update(hopeless)
     return [
         f
         for f in packages.functions()
-        if f.op in need and (not globs or any(_matches(f.op, glob) for glob in globs))
+        if f.op in names
+        and (not globs or any(_matches(name, glob) for name in names[f.op] for glob in globs))
     ]
 
 
@@ -226,6 +219,7 @@ def _synthesised(
     """Signatures found by running the ops, and why there is none of the others."""
     own = [op for op in ops if op.startswith(("aten.", "higher_order."))]
     unmended = {op: _NOT_SYNTHESISED[op.partition(".")[0]] for op in own}
+    unmended |= {op: packages.NO_STRATEGY[op] for op in ops if op in packages.NO_STRATEGY}
     asked = [op for op in ops if op not in unmended]
     if not asked:
         return [], unmended

@@ -316,7 +316,7 @@ def patch(functions: Iterable[Signature], required: bool = True) -> dict[str, st
             became[path] = ABSENT
         elif getattr(function, "made_by", "") == MADE_BY:
             became[path] = KEPT
-        elif described[0].unless and find_op(described[0].unless) is not None:
+        elif described[0].unless and _calls(function, described[0].unless):
             became[path] = LEFT
         else:
             wrapper = local_call(described, function)
@@ -339,6 +339,13 @@ def _find(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
+
+
+def _calls(function: Any, op: str) -> bool:
+    """Whether this version of a function calls the op: it is registered, and what the function's module has
+    under its name is no ordinary function, as in versions from before it was an op."""
+    own = getattr(function, "__globals__", {}).get(op.split(".")[1])
+    return find_op(op) is not None and not inspect.isfunction(own)
 
 
 def _holders(module: str, name: str, function: Any) -> list[Any]:

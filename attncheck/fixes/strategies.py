@@ -14,11 +14,11 @@ This file is part of every module that `attncheck fix` writes: it needs torch al
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import _op_schema as schemas
 from torch.distributed.tensor._collective_utils import redistribute_cost
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
@@ -66,9 +66,10 @@ class Strategy:
         self.forms = tuple(forms)
         self.roll_call = False
 
-    def __call__(self, schema: Any) -> Any:
+    def __call__(self, *asked: Any) -> Any:
         if self.roll_call:
             raise _Present
+        schema = asked[-1]  # up to 2.6 the mesh comes first
         values = arguments(self.op, schema.args_schema, schema.kwargs_schema)
         specs = {name: spec for name, value in values.items() if (spec := _spec(value)) is not None}
         signature = form_of(self.forms, values)
@@ -177,7 +178,7 @@ def _none_fits(
 
 # What the tables held for an op before it was registered here.
 _saved: dict[Any, list[dict[Any, Any]]] = {}
-_libraries: list[Any] = []
+_libraries: dict[Any, Any] = {}
 
 
 def install(signatures: Iterable[Signature], required: bool = True) -> dict[str, str]:
@@ -213,7 +214,7 @@ def install(signatures: Iterable[Signature], required: bool = True) -> dict[str,
         forget_propagated()
     for strategy in new:
         if not answers(strategy):
-            remove()
+            _take_back([each.op for each in new])
             raise NotRegistered(
                 f"The strategy registered for {strategy.op} is not the one that answers: this torch "
                 f"({torch.__version__}) looks for strategies somewhere else"
@@ -223,17 +224,17 @@ def install(signatures: Iterable[Signature], required: bool = True) -> dict[str,
 
 def remove() -> None:
     """Put back what DTensor had before `install`."""
-    tables = _tables()
-    for op, before in _saved.items():
-        for table, saved in zip(tables, before, strict=True):
+    _take_back([*_saved])
+
+
+def _take_back(ops: Iterable[Any]) -> None:
+    for op in ops:
+        for table, saved in zip(_tables(), _saved.pop(op), strict=True):
             table.pop(op, None)
             table.update(saved)
-    if _saved:
-        forget_propagated()
-    _saved.clear()
-    for library in _libraries:
-        library._destroy()
-    _libraries.clear()
+        if library := _libraries.pop(op, None):
+            library._destroy()
+    forget_propagated()
 
 
 def find_op(name: str, imports: str = "") -> Any:
@@ -312,7 +313,7 @@ def _give_fake(op: Any, forms: Sequence[Signature]) -> None:
     namespace, name = op._schema.name.split("::")
     library: Any = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
     library.impl(name, fake, "Meta")
-    _libraries.append(library)
+    _libraries[op] = library
 
 
 def answers(strategy: Strategy) -> bool:
@@ -331,20 +332,25 @@ def answers(strategy: Strategy) -> bool:
     strategy.roll_call = True
     setattr(propagator, name, lambda schema: None)
     try:
-        _uncached(propagator)(schemas.OpSchema(op, (), {}))
+        # Up to 2.8 a tensor is looked for, to tell the mesh.
+        return _asks(propagator, op, ()) or _asks(
+            propagator,
+            op,
+            (DTensorSpec(None, (Replicate(),)),),  # type: ignore[arg-type]
+        )
+    finally:
+        delattr(propagator, name)
+        strategy.roll_call = False
+
+
+def _asks(propagator: Any, op: Any, args: tuple[Any, ...]) -> bool:
+    try:
+        propagator.propagate_op_sharding_non_cached(schemas.OpSchema(op, args, {}))
     except _Present:
         return True
     except Exception:
         return False
-    finally:
-        delattr(propagator, name)
-        strategy.roll_call = False
     return False
-
-
-def _uncached(propagator: Any) -> Callable[[Any], Any]:
-    found: Callable[[Any], Any] = propagator.propagate_op_sharding_non_cached
-    return found
 
 
 def forget_propagated() -> None:

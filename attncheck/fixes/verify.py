@@ -124,7 +124,7 @@ def flipped(operator: Operator) -> tuple[Setting, ...]:
         return ()
     plain = [s for s in settings if not s.get("causal")]
     chosen = [*plain[:1], *[s for s in plain if _is_grouped(s)][:1]]
-    return tuple(
+    twins = (
         dataclasses.replace(
             s,
             name=f"{s.name}_turned_causal",
@@ -133,6 +133,16 @@ def flipped(operator: Operator) -> tuple[Setting, ...]:
         )
         for s in {s.name: s for s in chosen}.values()
     )
+    return tuple(twin for twin in twins if _is_called_so(operator, twin))
+
+
+def _is_called_so(operator: Operator, setting: Setting) -> bool:
+    """Whether the probe takes a setting that its author did not write: `causal` may need other options."""
+    try:
+        operator.tensors(setting)
+    except Exception:
+        return False
+    return True
 
 
 def neighbours(operator: Operator) -> tuple[str, ...]:

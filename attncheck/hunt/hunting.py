@@ -19,7 +19,7 @@ from attncheck.hunt.finds import Find, Tally
 from attncheck.hunt.search import Over, Search
 from attncheck.hunt.servers import Groups
 from attncheck.hunt.strategy import NAME, Space, asking, templates
-from attncheck.model import CaseResult, Outcome, Report, load_report
+from attncheck.model import CaseResult, Outcome, Report, read_report
 from attncheck.plan import Selection, matches, placement_texts
 from attncheck.probing import Operator, Setting
 from attncheck.rules import wording
@@ -200,11 +200,7 @@ def hunt(request: HuntRequest, log: Log, told: Log) -> Hunted:
 
 
 def _known(file: Path) -> frozenset[finds.Kind]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"Cannot read {file}: expected a report written by -o json.") from None
-    return finds.refusals_in(load_report(text, str(file)))
+    return finds.refusals_in(read_report(file))
 
 
 def _load(request: HuntRequest, log: Log) -> Loaded:

@@ -149,7 +149,7 @@ def _bypasses(
 
 
 def _is_wrapped(path: str) -> bool:
-    """Whether the function is one of those with which a fix (attncheck/fixes/local_calls.py) takes DTensors."""
+    """Whether the function is one with which a fix (attncheck/fixes/local_calls.py) takes DTensors."""
     module, _, name = path.rpartition(".")
     return getattr(getattr(sys.modules.get(module), name, None), "made_by", "") == "attncheck"
 

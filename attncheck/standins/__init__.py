@@ -17,6 +17,7 @@ KNOWN: Mapping[str, str] = {
     "aten_attention": "attncheck.standins.aten_attention",
     "flash_attn_2_cuda": "attncheck.standins.flash_attn_package",
     "flash_attn_3": "attncheck.standins.flash_attn_3",
+    "flash_attn_3_beta": "attncheck.standins.flash_attn_3_beta",
     "flex_attention": "attncheck.standins.flex_attention",
     "varlen_attn": "attncheck.standins.varlen_attn",
     "xformers": "attncheck.standins.xformers_ops",

@@ -8,7 +8,8 @@ flash-attn 3 is not on the package index, so nothing of it is here: neither its 
   `torch.library.custom_op`, with a fake kernel and an autograd formula.
 
 `flash_attn_func` and `flash_attn_varlen_func` stand for those of `flash_attn_interface`: an
-`autograd.Function` around the ops, which are called with the same arguments in the same places.
+`autograd.Function` around the ops, which are called with the same arguments in the same places. Those of
+3.0.0.b1 are in a module of their own, flash_attn_3_beta.
 
 Shapes: q, out (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, kv_heads, head_dim); packed
 ones (total, heads, head_dim) with int32 cu_seqlens (batch + 1,). v and out may have another head_dim.
@@ -108,12 +109,18 @@ def missing(surface: str) -> str:
     return "; ".join(difference for difference in differences if difference)
 
 
+def is_installed() -> bool:
+    """Whether the package itself is there; what stands for the beta's module has its own name."""
+    spec = importlib.util.find_spec(MODULE)
+    return spec is not None and spec.name == MODULE
+
+
 def import_package() -> Any:
     """The module `flash_attn_interface`, whose import registers the ops of its version.
 
     Raises ModuleNotFoundError that says where to get it, ImportError where it does not load.
     """
-    if importlib.util.find_spec(MODULE) is None:
+    if not is_installed():
         raise ModuleNotFoundError(
             f"flash-attn 3 (module {MODULE}) is not there: it is on no package index, and is built from the "
             "folder hopper of Dao-AILab/flash-attention"
@@ -274,23 +281,35 @@ def _flash_attn(
     v: torch.Tensor,
     softmax_scale: float | None = None,
     causal: bool = False,
+    qv: Maybe = None,
+    q_descale: Maybe = None,
+    k_descale: Maybe = None,
+    v_descale: Maybe = None,
     window_size: tuple[int, int] = (-1, -1),
     attention_chunk: int = 0,
     softcap: float = 0.0,
     num_splits: int = 1,
+    pack_gqa: bool | None = None,
     deterministic: bool = False,
+    sm_margin: int = 0,
     return_attn_probs: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of q (b, s, h, d); with `return_attn_probs` also the log-sum-exp (b, h, s)."""
     options = {
-        "softmax_scale": q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        "qv": qv,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
+        "softmax_scale": _scale(q, qv) if softmax_scale is None else softmax_scale,
         "causal": causal,
         "window_size_left": window_size[0],
         "window_size_right": window_size[1],
         "attention_chunk": attention_chunk,
         "softcap": softcap,
         "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
         "deterministic": deterministic,
+        "sm_margin": sm_margin,
     }
     out, lse = _FlashAttn.apply(q, k, v, None, None, surface, options)  # type: ignore[no-untyped-call]
     return (out, lse) if return_attn_probs else out
@@ -305,29 +324,52 @@ def _flash_attn_varlen(
     cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    seqused_q: Maybe = None,
+    seqused_k: Maybe = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    qv: Maybe = None,
+    q_descale: Maybe = None,
+    k_descale: Maybe = None,
+    v_descale: Maybe = None,
     window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
     softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
     deterministic: bool = False,
-) -> torch.Tensor:
-    """Attention of packed sequences, q (total, h, d)."""
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of packed sequences, q (total, h, d); the log-sum-exp is (h, total)."""
     options = {
+        "qv": qv,
+        "seqused_q": seqused_q,
+        "seqused_k": seqused_k,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
-        "softmax_scale": q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        "softmax_scale": _scale(q, qv) if softmax_scale is None else softmax_scale,
         "causal": causal,
         "window_size_left": window_size[0],
         "window_size_right": window_size[1],
+        "attention_chunk": attention_chunk,
         "softcap": softcap,
-        "num_splits": 1,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
         "deterministic": deterministic,
+        "sm_margin": sm_margin,
     }
-    out: torch.Tensor
-    out, _ = _FlashAttn.apply(  # type: ignore[no-untyped-call]
+    out, lse = _FlashAttn.apply(  # type: ignore[no-untyped-call]
         q, k, v, cu_seqlens_q, cu_seqlens_k, surface, options
     )
-    return out
+    return (out, lse) if return_attn_probs else out
+
+
+def _scale(q: torch.Tensor, qv: Maybe) -> float:
+    return float((q.shape[-1] + (0 if qv is None else qv.shape[-1])) ** -0.5)
 
 
 class _FlashAttn(torch.autograd.Function):

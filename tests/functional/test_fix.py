@@ -73,6 +73,23 @@ def test_from_a_report_to_a_module_that_works(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
+def test_the_module_on_real_ranks_without_attncheck(tmp_path: Path) -> None:
+    """The same script was run on torch 2.6.0, 2.9.1 and 2.14.1."""
+    known = emit.write_known(tmp_path)
+    script = Path(__file__).parent / "emitted_on_ranks.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(known)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["ops"]["aten._scaled_dot_product_flash_attention_for_cpu.default"] == "registered"
+    assert said["compared"] == 36
+    assert said["worst"] < 1e-5
+    assert "does not have a sharding strategy registered" in said["before"]
+    assert said["after"] == said["before"]
+
+
 # --- check the checker ---------------------------------------------------------------------------
 
 QKV = {"q": "b h sq d", "k": "b g sk d", "v": "b g sk d"}

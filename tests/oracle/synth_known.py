@@ -45,7 +45,6 @@ NUMBERS_IN_TENSORS = (
 )
 # Known ops that no operator of a built-in probe calls on a CPU, and why.
 UNREACHED = {
-    "flash_attn_3.bwd.default": "the raw ops have no autograd",
     "npu.npu_fusion_attention.default": "its kernels need its hardware",
     "npu.npu_fusion_attention_grad.default": "its kernels need its hardware",
 }

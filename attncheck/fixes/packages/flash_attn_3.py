@@ -2,7 +2,7 @@
 
 The raw ops have no Meta kernel. The forward gets one made of what stands here. The backward (`bwd`) returns
 its work space too, whose sizes follow from blocks that the kernel chooses by head_dim, mask and GPU: nobody
-can say them from outside, so it has no strategy here, and takes `local_map` around the whole function.
+can say them from outside, so it has no strategy. Its functions are wrapped instead (functions_flash_attn_3).
 
 Not described, so that calls with them are refused: caches and pages (`k_new`, `page_table`, `kv_batch_idx`,
 `leftpad_k`, rotary), `seqused_*` and fp8 (`*_descale`): there is nothing to check a description against.

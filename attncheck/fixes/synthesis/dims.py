@@ -19,8 +19,8 @@ from attncheck.runner.signature import KEY, QUERY, VALUE
 
 # A dim of a tensor argument: the tensor, of how many dims it has, which.
 Dim = tuple[str, int, int]
-# Dims that belong together.
-Class = frozenset[Dim]
+# Dims that belong together, in the order of the schema.
+Class = tuple[Dim, ...]
 
 
 def float_tensors(call: Call) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ def classes(calls: Sequence[Call]) -> list[Class]:
             if others:
                 groups.remove(group)
                 _preferred(group[0], others, groups).extend(group)
-    return [frozenset(group) for group in groups]
+    return [tuple(group) for group in groups]
 
 
 def _agree(

@@ -102,7 +102,7 @@ def _telling(
             *_strings(here, there),
         }:
             continue
-        return {} if argument.name in words else {argument.name: _several(list(here))}
+        return {} if argument.name in words else {argument.name: _several(sorted(here, key=str))}
     return None
 
 

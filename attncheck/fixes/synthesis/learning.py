@@ -178,7 +178,7 @@ def _refuse_unfit(op: str, calls: Sequence[Call], bench: Bench) -> None:
         first, second = (_seeded(bench, call, seed) for seed in (1, 2))
         if first is None or second is None:
             continue
-        if not _same(first, second):
+        if not bench.same(first, second):
             raise UserError(
                 f"{op} is random: with another seed it gives other values for equal arguments, so that no "
                 "sharding of it can be compared with the whole."
@@ -198,10 +198,6 @@ def _seeded(bench: Bench, call: Call, seed: int) -> Call | None:
     return None if isinstance(made, str) else made
 
 
-def _same(a: Call, b: Call) -> bool:
-    return all(recording.equal(t, b.outputs[name]) for name, t in a.outputs.items())
-
-
 def _refuse_dependent(op: str, call: Call, first: Call, bench: Bench) -> None:
     """An op that reads what it writes into (a KV cache, a sum that goes on) has no buffers, but state."""
     if not call.written:
@@ -214,13 +210,11 @@ def _refuse_dependent(op: str, call: Call, first: Call, bench: Bench) -> None:
     other = bench.run(call, {**call.arguments, **noise}, "with other buffers")
     if isinstance(other, str):
         return
-    for name, value in first.outputs.items():
-        if not recording.equal(value, other.outputs[name]):
-            what = name if name in call.written else "its result"
-            raise UserError(
-                f"{op} changes its argument {', '.join(call.written)}: {what} depends on what it held "
-                "before, so that it is state and no output buffer, which no strategy may move."
-            )
+    if not bench.same(first, other):
+        raise UserError(
+            f"{op} changes its argument {', '.join(call.written)}, and what it gives depends on what that "
+            "held before: it is state and no output buffer, which no strategy may move."
+        )
 
 
 def _needs(calls: Sequence[Call], bench: Bench) -> dict[str, Any]:
@@ -235,7 +229,7 @@ def _needs(calls: Sequence[Call], bench: Bench) -> dict[str, Any]:
         call = recording.with_positional(calls[0], argument.name)
         call = replace(call, arguments={**call.arguments, argument.name: 0.5})
         first, second = (_seeded(bench, call, seed) for seed in (1, 2))
-        random = first is not None and second is not None and not _same(first, second)
+        random = first is not None and second is not None and not bench.same(first, second)
         # The stand-in of a kernel may draw no numbers.
         if random or "dropout" in argument.name:
             needs[argument.name] = 0.0

@@ -48,7 +48,8 @@ BAD_INPUT = 2
 class Request:
     """What ops to synthesise. `imports`: modules whose import registers them; `probe_files`: probes of
     one's own beside the built-in ones; `path` is put in front of sys.path. Operators and kernel ops are
-    selected by glob (none: all). Ops in `known` have a signature already."""
+    selected by glob (none: all). PyTorch's own ops, those that have a strategy, and those in `known`, which
+    have a signature, are only looked at where `kernel_ops` has their very name."""
 
     imports: tuple[str, ...] = ()
     probe_files: tuple[str, ...] = ()
@@ -95,12 +96,10 @@ def for_operators(request: Request, log: Log = lambda text: None) -> Answer:
         if isinstance(answer, Answer):
             return answer
         doing, how = answer
+        if doing in fatal or len(fatal) == ENDINGS:
+            raise UserError(f"Nothing can be synthesised: {doing} {how}.")
         log(f"{doing} {how}; it is left out")
         fatal = (*fatal, doing)
-        if len(fatal) > ENDINGS:
-            raise UserError(
-                f"Nothing can be synthesised: {doing} {how}, after {ENDINGS} other calls."
-            )
 
 
 def _in_child(asked: _Asked) -> Answer | tuple[str, str]:
@@ -108,30 +107,34 @@ def _in_child(asked: _Asked) -> Answer | tuple[str, str]:
     with tempfile.TemporaryDirectory(prefix="attncheck-") as folder:
         question, answer = Path(folder, "asked"), Path(folder, "answer")
         question.write_bytes(pickle.dumps(asked))
-        command = [sys.executable, "-m", "attncheck.fixes.synthesis", str(question), str(answer)]
+        child = subprocess.Popen(
+            [sys.executable, "-m", "attncheck.fixes.synthesis", str(question), str(answer)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=TIMEOUT_SECONDS,
-                check=False,
-            )
-            how = f"ends the process (signal {-done.returncode})"
-        except subprocess.TimeoutExpired:
-            done, how = None, f"does not end within {TIMEOUT_SECONDS} s"
-        if done is not None and done.returncode == 0:
+            _, said = child.communicate(timeout=TIMEOUT_SECONDS)
+            how = f"ends the process (signal {-child.returncode})"
+        except BaseException as error:  # a Ctrl-C, too, must leave none of its forks
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            how = f"does not end within {TIMEOUT_SECONDS} s"
+        if child.returncode == 0:
             made = pickle.loads(answer.read_bytes())
             assert isinstance(made, Answer)
             return made
+        if child.returncode == BAD_INPUT:
+            raise UserError(said.strip().splitlines()[-1])
         doing = answer.read_text(encoding="utf-8") if answer.exists() else "starting"
-        if done is not None and done.returncode == BAD_INPUT:
-            raise UserError(done.stderr.strip().splitlines()[-1])
-        if done is not None and done.returncode > 0:
-            raise RuntimeError(f"Synthesis fails at {doing}:\n{done.stderr}")
-        return doing.strip(), how
+        if child.returncode > 0:
+            raise RuntimeError(f"Synthesis fails at {doing}:\n{said}")
+        return doing, how
 
 
 def _serve(asked: _Asked, doing: _Doing) -> Answer:
@@ -147,7 +150,9 @@ def _serve(asked: _Asked, doing: _Doing) -> Answer:
         chosen, _ = choose([c for c in calls if f"seed {request.seed + 1}" not in c.label])
         held = [call for call in calls if not any(call is one for one in chosen)]
         work = partial(_work, op, chosen, held, modules.get(op, ""))
-        made = work(Bench(doing)) if request.device != "cpu" else _in_forks(work, doing, fatal)
+        # A fork cannot use a GPU that its parent has used.
+        forks = request.device == "cpu"
+        made = _in_forks(op, work, doing, fatal) if forks else work(Bench(doing))
         if isinstance(made, Synthesis):
             found.append(made)
         else:
@@ -167,7 +172,7 @@ def _work(
         return Refusal(op, str(error))
 
 
-def _in_forks(work: Work, doing: _Doing, fatal: list[str]) -> Synthesis | Refusal:
+def _in_forks(op: str, work: Work, doing: _Doing, fatal: list[str]) -> Synthesis | Refusal:
     """The work, in a fork of this process: a kernel that ends it costs no new start. What ended it is put
     into `fatal`, and what was found until then is kept. A call that does not end is ended by a signal."""
     with tempfile.TemporaryDirectory(prefix="attncheck-") as folder:
@@ -185,7 +190,7 @@ def _in_forks(work: Work, doing: _Doing, fatal: list[str]) -> Synthesis | Refusa
             if not os.WIFSIGNALED(status):
                 raise RuntimeError(f"{doing.now()}: see above")
             fatal.append(doing.now())
-    raise UserError(f"{doing.now()} ends the process, after {ENDINGS_IN_FORKS} other calls.")
+    return Refusal(op, f"calling it on pieces ended the process {ENDINGS_IN_FORKS} times.")
 
 
 def _end_with(
@@ -288,6 +293,8 @@ def _calls(asked: _Asked, doing: _Doing) -> dict[str, list[Call]]:
             continue
         doing(f"making {operator.name} available")
         if availability.refusal(operator) is not None:
+            continue
+        if f"running {operator.name}" in asked.fatal:
             continue
         settings = [s for s in operator.settings if not s.dropout and s.level != "full"]
         halves = [

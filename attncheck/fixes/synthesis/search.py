@@ -120,10 +120,10 @@ class Search:
             if self.first not in cuts or not isinstance(first, int):
                 continue
             for one in self.classes:
-                own = frozenset(d for d in one if cuts.get(d[0]) == d[2])
-                if len(own) == len(cuts) and own < one:
+                own = tuple(d for d in one if cuts.get(d[0]) == d[2])
+                if len(own) == len(cuts) < len(one):
                     at = self.classes.index(one)
-                    self.classes[at : at + 1] = [own, one - own]
+                    self.classes[at : at + 1] = [own, tuple(d for d in one if d not in own)]
                     return True
         return False
 

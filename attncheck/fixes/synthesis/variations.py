@@ -76,7 +76,7 @@ def without_integers(found: Sequence[Call], bench: Bench) -> list[Call]:
     known: list[Class] = []
     mixed: list[Class] = []
     for one in classes(found):
-        own = frozenset(dim for dim in one if dim[0] in floats)
+        own = tuple(dim for dim in one if dim[0] in floats)
         known.append(own or one)
         if own and own != one:
             mixed.append(own)

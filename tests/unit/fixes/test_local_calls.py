@@ -320,6 +320,22 @@ def test_absent_functions_and_those_that_an_op_makes_needless(package: Any) -> N
     assert package.attend is attend
 
 
+def addmm() -> None:
+    """An ordinary function with the name of an op, in the module of `before_it_was_an_op`."""
+
+
+def before_it_was_an_op() -> None:
+    addmm()
+
+
+def test_a_version_from_before_the_op_is_wrapped_though_the_op_is_there(package: Any) -> None:
+    package.before_it_was_an_op = before_it_was_an_op
+    for op, became in (("aten.addmm.default", "registered"), ("aten.mm.default", "left alone")):
+        older = Signature("mine.before_it_was_an_op", ATTEND.takes, ATTEND.gives, unless=op)
+        assert patch([older]) == {older.op: became}
+        unpatch()
+
+
 # --- what attncheck knows ------------------------------------------------------------------------
 
 # The parameters of packages that cannot run here, read off the releases on PyPI.

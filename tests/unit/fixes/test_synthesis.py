@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -201,7 +202,7 @@ def test_right_on_even_shards_alone_is_seen_by_what_was_held_out() -> None:
     made = learn("even_only", (PLAIN, GROUPED))
     assert "b" not in made.signature.takes["q"].split()
     assert [r.way for r in made.rejected] == ["batch"]
-    assert "q dim 0 of 11" in made.rejected[0].why
+    assert "dim 0 of 11" in made.rejected[0].why
 
 
 def test_groups_in_another_order_are_not_cut() -> None:
@@ -227,7 +228,11 @@ def cache_of(t: dict[str, torch.Tensor]) -> torch.Tensor:
     [
         ("random", {}, "synth.random.default is random"),
         ("secretly_changes", {}, "changes its argument k, which its schema does not say"),
-        ("cache", {"cache": cache_of}, "changes its argument cache: cache depends on what it held"),
+        (
+            "cache",
+            {"cache": cache_of},
+            "changes its argument cache, and what it gives depends on",
+        ),
         ("unknowable", {}, "has no Meta kernel"),
     ],
 )
@@ -345,6 +350,22 @@ def test_a_module_that_does_not_import_is_named(tmp_path: Path) -> None:
     assert doing.now() == "importing nowhere_to_be_found"
 
 
+def test_an_op_that_goes_on_ending_the_process_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "ENDINGS_IN_FORKS", 2)
+    doing, fatal = process._Doing(tmp_path / "doing"), []
+
+    def work(bench: Bench) -> Any:
+        bench.say(f"call {len(bench.fatal)}")
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    made = process._in_forks("my.op.default", work, doing, fatal)
+    assert isinstance(made, synthesis.Refusal)
+    assert "ended the process 2 times" in made.why
+    assert fatal == ["call 0", "call 1"]
+
+
 # --- what is known comes out the same ----------------------------------------------------------------
 
 
@@ -380,7 +401,8 @@ def test_sdpa_on_a_cpu_comes_out_as_it_is_described(direction: str) -> None:
     fatal: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         doing = process._Doing(Path(folder, "doing"))
-        made = process._in_forks(partial(process._work, op, found, held, ""), doing, fatal)
+        work = partial(process._work, op, found, held, "")
+        made = process._in_forks(op, work, doing, fatal)
     assert isinstance(made, synthesis.Synthesis), made
     assert bool(fatal) is (direction == "")
     assert made.found.held_out > 50

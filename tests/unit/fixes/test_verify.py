@@ -100,7 +100,9 @@ def test_who_is_blamed() -> None:
 
 
 def test_refusals_and_old_faults_are_counted_apart() -> None:
-    said = f"attncheck fix: {FORWARD} with dropout_p=0.1 has no right strategy: ...\n\nSharding failed"
+    said = (
+        f"attncheck fix: {FORWARD} with dropout_p=0.1 has no right strategy: ...\n\nSharding failed"
+    )
     refused = result(Status.ERROR, message=said, kernel_op=FORWARD)
     old = result(Status.WRONG, before=Status.WRONG, kernel_op=FORWARD)
     found = evidence(result(Status.SUPPORTED), refused, old)
@@ -133,6 +135,13 @@ def test_twins_differ_in_nothing_but_the_flag() -> None:
     assert plain.options == {"causal": "bottom_right"}
     assert grouped.sizes == SETTINGS[2].sizes
     assert not verify.flipped(operator(SETTINGS[0]))
+
+
+def test_a_twin_that_the_probe_cannot_make_is_left_out() -> None:
+    def tensors(setting: Setting) -> tuple[()]:
+        return () if "causal" not in setting.options else setting.options["mask_as"]
+
+    assert not verify.flipped(replace(operator(*SETTINGS), tensors=tensors))
 
 
 def test_neighbours_are_one_of_each_kind() -> None:

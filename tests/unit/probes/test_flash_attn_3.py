@@ -92,6 +92,26 @@ def test_verdicts(
             assert [op["op"] for op in outcome["missing_ops"]] == expected
 
 
+def test_wrapped_functions_of_the_beta_mend_it_beside_the_ops_of_3_0_0(tmp_path: Path) -> None:
+    """Its backward can have no strategy. Functions of 3.0.0 are none of a wrapper's business."""
+    chosen = [
+        f"--operator=flash_attn_3.{name}" for name in ("raw", "raw_varlen", "custom_op_varlen")
+    ]
+    asked = (*chosen, "--setting=*plain", "--direction=backward", "--fix=known")
+    mended = real_scan.outcomes(real_scan.scan(tmp_path, *asked), "flash_attn_3.")
+    assert {key[:3]: outcome["status"] for key, outcome in mended.items()} == {
+        ("raw", "plain", "replicate"): "supported",
+        ("raw", "plain", "batch"): "supported",
+        ("raw", "plain", "heads"): "supported",
+        ("raw_varlen", "plain", "replicate"): "supported",
+        ("raw_varlen", "plain", "heads"): "supported",
+        ("raw_varlen", "cu_seqlens_plain", "heads"): "supported",
+        ("custom_op_varlen", "plain", "replicate"): "supported",
+        ("custom_op_varlen", "plain", "heads"): "supported",
+        ("custom_op_varlen", "cu_seqlens_plain", "heads"): "mixed_tensor",
+    }
+
+
 def settings() -> list[Any]:
     return [
         pytest.param(o, s, id=f"{o.name}/{s.name}") for o in PROBE.operators for s in o.settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from attncheck import standins
 from attncheck.runner.reference import attention, attention_lse
-from attncheck.standins import flash_attn_3
+from attncheck.standins import flash_attn_3, flash_attn_3_beta
 
 flash_attn_3.provide()
 OPS = torch.ops.flash_attn_3
@@ -389,6 +390,51 @@ def test_it_is_named_as_what_it_is() -> None:
     assert "only the schemas" in sentence
     assert "attncheck's" in sentence
     assert [flash_attn_3.missing(surface) for surface in SURFACES] == ["", ""]
+
+
+# The parameters of 3.0.0.b1 (hopper/flash_attn_interface.py of the tags v2.8.0 to v2.8.3.post1).
+REST = [
+    *("softmax_scale", "causal", "qv", "q_descale", "k_descale", "v_descale", "window_size"),
+    *("attention_chunk", "softcap", "num_splits", "pack_gqa", "deterministic", "sm_margin"),
+]
+LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k"]
+
+
+def test_the_betas_functions_have_its_parameters_and_3_0_0_one_more() -> None:
+    for name, lengths in (("flash_attn_func", []), ("flash_attn_varlen_func", LENGTHS)):
+        wanted = ["q", "k", "v", *lengths, *REST]
+        assert [*inspect.signature(getattr(flash_attn_3_beta, name)).parameters] == wanted
+        newer = inspect.signature(getattr(flash_attn_3.interface("custom_op"), name))
+        assert [*newer.parameters] == [*wanted, "return_attn_probs"]
+
+
+def test_the_beta_calls_the_raw_ops() -> None:
+    q, k, v, qv = leaves(3, (2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 256), (2, 5, 4, 256))
+    flags = {"causal": True, "softcap": 0.7}
+    got = flash_attn_3_beta.flash_attn_func(q, k, v, qv=qv, window_size=(3, 1), **flags)
+    by_hand = flash_attn_3_beta._flash_attn_forward(
+        q, k, v, None, None, qv, *[None] * 17, 264**-0.5, window_size=(3, 1), **flags
+    )[0]
+    assert torch.equal(got, by_hand)
+    assert not torch.equal(got, flash_attn_3_beta.flash_attn_func(q, k, v, **flags))
+    with pytest.raises(NotImplementedError, match="fp8"):
+        flash_attn_3_beta.flash_attn_func(q, k, v, q_descale=torch.ones(2, 2))
+
+
+def test_the_betas_module_is_where_users_import_it_and_is_not_taken_for_the_package() -> None:
+    said = run(
+        "from attncheck import standins\n"
+        "from attncheck.standins import flash_attn_3, flash_attn_3_beta\n"
+        "standins.provide('flash_attn_3_beta'); standins.provide('flash_attn_3_beta')\n"
+        "import flash_attn_interface\n"
+        "print(flash_attn_interface is flash_attn_3_beta, flash_attn_3.missing('raw') == '')\n"
+        "try:\n"
+        "    flash_attn_3.import_package()\n"
+        "except ModuleNotFoundError as error:\n"
+        "    print(error)\n"
+    ).splitlines()
+    assert said[0] == "True True"
+    assert "is not there: it is on no package index" in said[1]
 
 
 def run(script: str) -> str:
