@@ -24,6 +24,9 @@ from attncheck.rules import wording
 from attncheck.runner import scan
 from attncheck.runner.scan import ScanRequest
 
+# Ways to shard that held on some values and not on others, of which so many are told.
+TOLD = 5
+
 Log = Callable[[str], None]
 
 
@@ -171,8 +174,11 @@ def wanted_functions(results: Sequence[CaseResult], globs: Sequence[str]) -> lis
     ops, put ordinary tensors of their own beside the DTensors, or reach an op that can have no strategy."""
     names: dict[str, set[str]] = {}  # function -> what it can be asked for by
     for r in results:
+        if not verify.reaches(r, r.case.function):  # a version that needs no wrapper
+            continue
         hopeless = verify.refused_ops(r.outcome) & {*packages.NO_STRATEGY}
-        if hopeless or r.outcome.exception_type == BYPASSES_DISPATCHER or _mixes_by_itself(r):
+        bypasses = r.outcome.exception_type == BYPASSES_DISPATCHER
+        if hopeless or bypasses or _mixes_by_itself(r):
             names.setdefault(r.case.function, {r.case.function}).update(hopeless)
     return [
         f
@@ -244,6 +250,8 @@ def _synthesised(
             f"{made.signature.op}: {made.found.valid} of {made.found.tried} combinations hold, "
             f"{wording.count(made.found.held_out, 'check')} on other values, {made.found.seconds:g} s"
         )
+        for way in made.rejected[:TOLD]:
+            log(f"{made.signature.op}: not offered: {way.way}: {way.why}")
     unmended |= {refusal.op: refusal.why for refusal in answer.refused}
     described = {s.op for s in signatures}
     unmended |= {
@@ -291,7 +299,9 @@ class _Verification:
         kept = [s for s in asked if s.op not in failed]
         if self.request.unverified:
             kept = list(asked)
-        elif kept and any(e.failed for e in evidence):
+        elif kept and (wrong := [e for e in evidence if e.failed]):
+            for e in wrong:
+                self.log(f"{e.op} is left out: {e.failed[0]}")
             # What is left must be right without the others. (One that no case could ask changes nothing.)
             evidence = [*self._verify(kept, beside), *(e for e in evidence if e.op in failed)]
             kept = [s for s in kept if any(e.op == s.op and e.verified for e in evidence)]

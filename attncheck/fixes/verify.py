@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from attncheck import rules
+from attncheck.fixes import packages
 from attncheck.model import Case, CaseResult, Outcome, Report, Status, worst
 from attncheck.probing import HEADS, KV_HEADS, LEVELS, Operator, Setting
 from attncheck.runner import scan
@@ -242,10 +243,13 @@ def evidence(op: str, ops: Collection[str], results: Iterable[CaseResult]) -> Ev
 
 
 def reaches(result: CaseResult, op: str) -> bool:
-    """Whether the op met DTensors in this case, or is the function that it calls."""
+    """Whether the op met DTensors in this case, or is the function that it calls: in a version that a
+    wrapper is for, without the op that makes it needless."""
     outcome = result.outcome
     names = {k.op for k in outcome.kernel_ops} | {m.op for m in outcome.missing_ops}
-    return op in names or op in (outcome.kernel_op, result.case.function)
+    if op == result.case.function:
+        return not any(f.op == op and f.unless in names for f in packages.functions())
+    return op in names or op == outcome.kernel_op
 
 
 def refused_ops(outcome: Outcome) -> set[str]:

@@ -52,6 +52,8 @@ WRAPPED = frozenset(
         "flash_attn.flash_attn_varlen_kvpacked_func",
         "flash_attn.flash_attn_varlen_qkvpacked_func",
         "flash_attn.flash_attn_with_kvcache",
+        "flash_attn_interface.flash_attn_func",
+        "flash_attn_interface.flash_attn_varlen_func",
         "sageattention.sageattn",
         "sageattention.sageattn_varlen",
         "xformers.ops.memory_efficient_attention",
@@ -62,7 +64,6 @@ OVERRIDDEN: frozenset[str] = frozenset(
     [
         "aten._scaled_dot_product_cudnn_attention.default",
         "aten._scaled_dot_product_cudnn_attention_backward.default",
-        "aten._scaled_dot_product_efficient_attention_backward.default",
         "aten._scaled_dot_product_flash_attention.default",
         "aten._scaled_dot_product_flash_attention_backward.default",
     ]

@@ -61,5 +61,7 @@ def test_the_function_around_it_is_wrapped_instead(globs: tuple[str, ...], wante
 def test_where_strategies_do_no_function_is_wrapped() -> None:
     case = refused("flash_attn_3.fwd.default", "flash_attn_3._flash_attn_backward.default")
     assert fixing.wanted_functions([case], ()) == []
+    newer = refused("flash_attn_3._flash_attn_forward.default", HOPELESS)
+    assert fixing.wanted_functions([newer], ()) == []
     elsewhere = replace(refused(HOPELESS).case, function="mine.attention")
     assert fixing.wanted_functions([replace(refused(HOPELESS), case=elsewhere)], ()) == []

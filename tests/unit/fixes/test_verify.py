@@ -129,6 +129,20 @@ SETTINGS = (
 )
 
 
+def test_a_function_is_reached_where_the_op_that_makes_its_wrapper_needless_is_not() -> None:
+    function, needless = (
+        "flash_attn_interface.flash_attn_func",
+        "flash_attn_3._flash_attn_forward.default",
+    )
+    case = replace(result(Status.SUPPORTED).case, function=function)
+    for reached, by_function in (((), True), ((FORWARD,), True), ((needless,), False)):
+        found = replace(result(Status.SUPPORTED, reached=reached), case=case)
+        assert verify.reaches(found, function) is by_function
+    refused = result(Status.MISSING_STRATEGY, reached=(), missing=(needless,))
+    assert not verify.reaches(replace(refused, case=case), function)
+    assert not verify.reaches(result(Status.SUPPORTED), function)
+
+
 def test_twins_differ_in_nothing_but_the_flag() -> None:
     plain, grouped = verify.flipped(operator(*SETTINGS))
     assert plain.sizes == SETTINGS[0].sizes
