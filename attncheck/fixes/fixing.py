@@ -77,7 +77,11 @@ def fix(request: FixRequest, log: Log, on_progress: Progress) -> Fixed:
         evidence = [e for e in verification.evidence if e.op in ops]
         text = _module(shipped, header(verification.report, evidence), request.name)
     return Fixed(
-        text, verification.report, tuple(verification.evidence), unmended, verification.needless()
+        text,
+        verification.report,
+        tuple(verification.evidence),
+        {op: why for op, why in unmended.items() if verification.is_missed(op)},
+        verification.needless(),
     )
 
 
@@ -314,6 +318,11 @@ class _Verification:
         now = (verify.evidence(op, ops, self.report.cases) for op in ops)
         return frozenset(e.op for e in now if not e.failed and not e.elsewhere)
 
+    def is_missed(self, op: str) -> bool:
+        """Whether a case fails for want of a strategy for it, as things stand."""
+        latest = {r.case.id: r for report in (self.found, self.report) for r in report.cases}
+        return any(op in verify.refused_ops(r.outcome) for r in latest.values())
+
     def _verify(self, asked: Sequence[Signature], beside: Sequence[Signature]) -> list[Evidence]:
         """Run the cases that reach these, and say what came of it."""
         ops = list(dict.fromkeys(s.op for s in asked))
@@ -394,7 +403,7 @@ def _reasons(e: Evidence) -> dict[str, int]:
     cases: Counter[str] = Counter()
     placements: dict[str, list[str]] = {}
     for sentence, n in sorted(e.refused.items()):
-        why, found, rest = sentence.removeprefix(e.op).strip().partition(NO_STRATEGY_HAS)
+        why, found, rest = sentence.removeprefix(e.op).strip(": ").partition(NO_STRATEGY_HAS)
         cases[why] += n
         if found:
             placements.setdefault(why, []).append(rest.partition(":")[0])

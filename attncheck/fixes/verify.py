@@ -20,7 +20,15 @@ from typing import Any
 from attncheck import rules
 from attncheck.fixes import packages
 from attncheck.model import Case, CaseResult, Outcome, Report, Status, worst
-from attncheck.probing import HEADS, KV_HEADS, LEVELS, Operator, Setting
+from attncheck.probing import (
+    HEADS,
+    KV_HEADS,
+    KV_SEQUENCE,
+    LEVELS,
+    SEQUENCE,
+    Operator,
+    Setting,
+)
 from attncheck.runner import scan
 from attncheck.runner.scan import ScanRequest
 
@@ -117,24 +125,37 @@ def _add(results: dict[str, CaseResult], result: CaseResult, known: Mapping[str,
 
 
 def flipped(operator: Operator) -> tuple[Setting, ...]:
-    """The plainest setting and the first with GQA once more, causal where they are not: twins that differ
-    in nothing else. None where the operator has no such option."""
+    """Twins that differ in nothing but `causal`, of the plainest setting and the first with GQA. Empty where
+    the operator has no such option."""
     settings = [s for s in operator.settings if _within_default(s)]
     causal = next((s.options["causal"] for s in settings if s.get("causal")), None)
     if causal is None:
         return ()
     plain = [s for s in settings if not s.get("causal")]
     chosen = [*plain[:1], *[s for s in plain if _is_grouped(s)][:1]]
-    twins = (
-        dataclasses.replace(
-            s,
-            name=f"{s.name}_turned_causal",
-            options={**s.options, "causal": causal},
+    twins: list[Setting] = []
+    for setting in {s.name: s for s in chosen}.values():
+        square = _squared(setting)
+        turned = dataclasses.replace(
+            square,
+            name=f"{setting.name}_turned_causal",
+            options={**square.options, "causal": causal},
             placements=FLIP_PLACEMENTS,
         )
-        for s in {s.name: s for s in chosen}.values()
-    )
+        straight = dataclasses.replace(
+            square, name=f"{setting.name}_turned", placements=FLIP_PLACEMENTS
+        )
+        twins += [straight, turned] if square is not setting else [turned]
     return tuple(twin for twin in twins if _is_called_so(operator, twin))
+
+
+def _squared(setting: Setting) -> Setting:
+    """The setting with as many keys as queries: elsewhere operators differ in what causal means."""
+    sizes = dict(setting.sizes)
+    lengths = any("lengths" in option for option in setting.options)
+    if lengths or sizes.get(KV_SEQUENCE, sizes.get(SEQUENCE)) == sizes.get(SEQUENCE):
+        return setting
+    return dataclasses.replace(setting, sizes={**sizes, KV_SEQUENCE: sizes[SEQUENCE]})
 
 
 def _is_called_so(operator: Operator, setting: Setting) -> bool:

@@ -144,10 +144,14 @@ def test_a_function_is_reached_where_the_op_that_makes_its_wrapper_needless_is_n
 
 
 def test_twins_differ_in_nothing_but_the_flag() -> None:
-    plain, grouped = verify.flipped(operator(*SETTINGS))
-    assert plain.sizes == SETTINGS[0].sizes
-    assert plain.options == {"causal": "bottom_right"}
-    assert grouped.sizes == SETTINGS[2].sizes
+    plain, causal, grouped, grouped_causal = verify.flipped(operator(*SETTINGS))
+    assert plain.sizes == causal.sizes == {**SIZES, "kv_sequence": 10}  # where all agree on causal
+    assert (plain.options, causal.options) == ({}, {"causal": "bottom_right"})
+    assert grouped.sizes == grouped_causal.sizes == {**SETTINGS[2].sizes, "kv_sequence": 10}
+    square = replace(SETTINGS[0], sizes=plain.sizes)
+    assert [s.name for s in verify.flipped(operator(square, SETTINGS[1]))] == [
+        "plain_turned_causal"
+    ]
     assert not verify.flipped(operator(SETTINGS[0]))
 
 
