@@ -7,37 +7,49 @@ without a file; `attncheck fix` writes a module that does it without attncheck.
 from __future__ import annotations
 
 import fnmatch
+import sys
 
-from attncheck.fixes import packages, strategies
+from attncheck.fixes import local_calls, packages, strategies
+from attncheck.fixes.notation import Signature
 
 
 def register(*kernel_ops: str) -> dict[str, str]:
-    """Register the known strategies of the ops that match these globs, or of all that are here.
+    """Register the known strategies of the ops that match these globs, or of all that are here, and wrap
+    the functions of imported packages that no strategy mends.
 
     Globs are for names as PyTorch writes them (`flash_attn.*`). Before or after the ops' first use; twice is
-    harmless. Returns what became of each op: see `strategies.install`. Raises NotRegistered where a glob
-    matches no known op, or none that is registered in this process.
+    harmless. Returns what became of each: see `strategies.install`, `local_calls.patch`. Raises
+    NotRegistered where a glob matches nothing known, or nothing that is in this process.
     """
-    known = packages.known()
-    chosen = [s for s in known if not kernel_ops or any(_matches(s.op, g) for g in kernel_ops)]
+    known = (*packages.known(), *packages.functions())
     for glob in kernel_ops:
-        if not any(_matches(s.op, glob) for s in chosen):
+        if not any(fnmatch.fnmatchcase(s.op, glob) for s in known):
             names = ", ".join(sorted({s.op for s in known}))
             raise strategies.NotRegistered(
                 f"No known kernel op matches {glob!r}; known are {names}"
             )
-    became = strategies.install(chosen, required=False)
+    functions = [s for s in _matching(packages.functions(), kernel_ops) if _is_imported(s)]
+    became = strategies.install(_matching(packages.known(), kernel_ops), required=False)
+    became |= local_calls.patch(functions, required=False)
     if kernel_ops and all(state == strategies.ABSENT for state in became.values()):
         raise strategies.NotRegistered(
-            f"None of {', '.join(became)} is registered in this process: import what registers them first"
+            f"Nothing that matches {', '.join(kernel_ops)} is in this process: import what registers it first"
         )
     return became
 
 
 def unregister() -> None:
-    """Put back what DTensor had before `register`."""
+    """Put back what was there before `register`."""
     strategies.remove()
+    local_calls.unpatch()
 
 
-def _matches(op: str, glob: str) -> bool:
-    return fnmatch.fnmatchcase(op, glob)
+def _matching(signatures: tuple[Signature, ...], globs: tuple[str, ...]) -> list[Signature]:
+    return [
+        s for s in signatures if not globs or any(fnmatch.fnmatchcase(s.op, glob) for glob in globs)
+    ]
+
+
+def _is_imported(function: Signature) -> bool:
+    # Importing a package that nobody asked for takes seconds, and may fail.
+    return function.op.partition(".")[0] in sys.modules
