@@ -69,7 +69,7 @@ def fix(request: FixRequest, log: Log, on_progress: Progress) -> Fixed:
     made, unmended = _synthesised(request, found, [op for op in wanted if op not in known], log)
     verification = _Verification(request, found, log, on_progress)
     shipped = verification.settle([*signatures, *made])
-    functions = wanted_functions(verification.report.cases, request.kernel_ops)
+    functions = wanted_functions(verification.latest(), request.kernel_ops)
     shipped += verification.settle(functions, beside=shipped)
     text = ""
     if shipped:
@@ -320,8 +320,12 @@ class _Verification:
 
     def is_missed(self, op: str) -> bool:
         """Whether a case fails for want of a strategy for it, as things stand."""
-        latest = {r.case.id: r for report in (self.found, self.report) for r in report.cases}
-        return any(op in verify.refused_ops(r.outcome) for r in latest.values())
+        return any(op in verify.refused_ops(r.outcome) for r in self.latest())
+
+    def latest(self) -> list[CaseResult]:
+        """What is known of each case: with the fix where it was run with it, else what was found."""
+        cases = {r.case.id: r for report in (self.found, self.report) for r in report.cases}
+        return [*cases.values()]
 
     def _verify(self, asked: Sequence[Signature], beside: Sequence[Signature]) -> list[Evidence]:
         """Run the cases that reach these, and say what came of it."""

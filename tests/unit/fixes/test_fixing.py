@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 
-from attncheck.fixes import fixing, packages, synthesis
-from attncheck.model import Case, CaseResult, MissingOp, Outcome, Status
+from attncheck.fixes import fixing, output, packages, synthesis, verify
+from attncheck.fixes.verify import Evidence
+from attncheck.model import (
+    BYPASSES_DISPATCHER,
+    Case,
+    CaseResult,
+    MissingOp,
+    Outcome,
+    Report,
+    Status,
+)
+from attncheck.runner.scan import ScanRequest
 
 HOPELESS = "flash_attn_3.bwd.default"
 FUNCTION = "flash_attn_interface.flash_attn_func"
@@ -65,3 +75,79 @@ def test_where_strategies_do_no_function_is_wrapped() -> None:
     assert fixing.wanted_functions([newer], ()) == []
     elsewhere = replace(refused(HOPELESS).case, function="mine.attention")
     assert fixing.wanted_functions([replace(refused(HOPELESS), case=elsewhere)], ()) == []
+
+
+# --- from findings to a module, without running anything ---------------------------------------------
+
+CPU = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+KVCACHE = "flash_attn.flash_attn_with_kvcache"
+REQUEST = fixing.FixRequest(None, ScanRequest())
+
+
+def of(name: str, outcome: Outcome, function: str = "") -> CaseResult:
+    case = replace(refused().case, id=f"p/{name}/plain", operator=name, function=function)
+    return CaseResult(case, outcome)
+
+
+def fixed(monkeypatch: pytest.MonkeyPatch, found: list[CaseResult], good: bool) -> fixing.Fixed:
+    """A fix in which whatever is verified turns out right, or wrong."""
+    environment = {"wall_seconds": 0.0, "standins": [], "packages": {}}
+    report = Report(environment, tuple(found), ())
+    monkeypatch.setattr(fixing, "_found", lambda request, log, show: (request, report))
+
+    def verified(self: Any, asked: Any, beside: Any) -> list[Evidence]:
+        ops = {s.op for s in asked}
+        right = Outcome(Status.SUPPORTED)
+        cases = [r for r in found if any(verify.reaches(r, op) for op in ops)]
+        run = tuple(replace(r, outcome=right if good else r.outcome) for r in cases)
+        earlier = self.report.cases if self.report is not self.found else ()
+        self.report = Report(environment, (*earlier, *run), ())
+        return [
+            Evidence(op, mended=int(good), failed=() if good else ("it is wrong",)) for op in ops
+        ]
+
+    monkeypatch.setattr(fixing._Verification, "_verify", verified)
+    return fixing.fix(REQUEST, lambda text: None, lambda done, total, case: None)
+
+
+MISSING = Outcome(
+    Status.MISSING_STRATEGY,
+    kernel_op=CPU,
+    missing_ops=(MissingOp(CPU, "forward", "strategy", "none"),),
+)
+BYPASSED = Outcome(Status.ERROR, exception_type=BYPASSES_DISPATCHER)
+
+
+def test_functions_that_no_strategy_reaches_are_wrapped_beside_strategies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = [of("sdpa", MISSING), of("kvcache", BYPASSED, KVCACHE)]
+    made = fixed(monkeypatch, found, good=True)
+    assert {e.op for e in made.evidence} == {CPU, KVCACHE}
+    assert f'"{CPU}",' in made.text
+    assert f'"{KVCACHE}",' in made.text
+    assert output.exit_code(made) == 0
+
+
+def test_what_is_wrong_is_not_written_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fixed(monkeypatch, [of("sdpa", MISSING)], good=False)
+    assert made.text == ""
+    assert output.exit_code(made) == 1
+    said = "\n".join(fixing.summary(made))
+    assert f"NOT VERIFIED  {CPU}" in said
+    assert "it is wrong" in said
+
+
+def test_an_op_that_nobody_knows_is_unmended(monkeypatch: pytest.MonkeyPatch) -> None:
+    flex = "higher_order.flex_attention"
+    missing = replace(MISSING, missing_ops=(MissingOp(flex, "forward", "strategy", "none"),))
+    made = fixed(monkeypatch, [of("flex", missing)], good=True)
+    assert made.text == ""
+    assert "takes functions besides tensors" in made.unmended[flex]
+    assert output.exit_code(made) == 1
+
+
+def test_nothing_missing_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fixed(monkeypatch, [of("sdpa", Outcome(Status.SUPPORTED))], good=True)
+    assert (made.text, output.exit_code(made)) == ("", 0)
+    assert fixing.summary(made)[0].startswith("Nothing to mend")
