@@ -158,8 +158,9 @@ def wanted_ops(results: Sequence[CaseResult], globs: Sequence[str]) -> list[str]
                 f"No kernel op of these cases matches {glob!r}; {_reached(met, results)}."
             )
     need = refused | broken
-    need |= {partner for op in need if (partner := _other_direction(op, met))}
-    return sorted(op for op in need if not globs or any(_matches(op, glob) for glob in globs))
+    asked = {op for op in need if not globs or any(_matches(op, glob) for glob in globs)}
+    # Who mends a forward wants to train, whatever he asked for.
+    return sorted(asked | {partner for op in asked if (partner := _other_direction(op, met))})
 
 
 def _reached(met: Iterable[str], results: Sequence[CaseResult]) -> str:

@@ -5,8 +5,9 @@ was not run. Nothing is claimed in between.
 
 They are ranked by measured cost: the bytes that a rank sends in a call, those of getting to another placement
 included, fewest first. Of equals, what this scan saw working comes first, and then what covers more of the
-failing calls. That a strategy or `local_map` costs nothing where each shard is a whole problem is how they
-work and no measurement: they come behind what was measured to cost nothing, and before all that costs.
+failing calls; what covers less than half of what another one does comes last. That a strategy or `local_map`
+costs nothing where each shard is a whole problem is how they work and no measurement: they come behind what
+was measured to cost nothing, and before all that costs.
 """
 
 from __future__ import annotations
@@ -80,9 +81,20 @@ class Priced:
 
 
 def ranked(priced: Iterable[Priced]) -> list[Remedy]:
-    """The cheapest first; of equals, what was seen working, then what covers more, then as they come."""
-    order = sorted(priced, key=lambda p: (p.bytes, not p.remedy.evidence, -p.covers))
-    return [p.remedy for p in order]
+    """The cheapest first; of equals, what was seen working, then what covers more, then as they come. What
+    covers less than half of what another one does comes behind."""
+    priced = [*priced]
+    most = max((p.covers for p in priced), default=0)
+
+    def order(p: Priced) -> tuple[bool, int, bool, int]:
+        return (_is_rare(p.covers, most), p.bytes, not p.remedy.evidence, -p.covers)
+
+    return [p.remedy for p in sorted(priced, key=order)]
+
+
+def _is_rare(covers: int, most: int) -> bool:
+    """Whether a way out is one for few of the failing calls (0: for as many as one likes)."""
+    return 0 < 2 * covers < most
 
 
 def untried(kind: str, text: str, code: str = "") -> Remedy:
@@ -218,9 +230,13 @@ def _works(directions: _Directions, wanted: Iterable[str], free: bool) -> list[C
 
 
 def _best_first(ways: Iterable[_Way]) -> list[_Way]:
-    return sorted(
-        (w for w in ways if w.covers), key=lambda w: (w.traffic, w.redistributed, -w.covers, w.name)
-    )
+    found = [w for w in ways if w.covers]
+    most = max((w.covers for w in found), default=0)
+
+    def order(w: _Way) -> tuple[bool, int, int, int, tuple[str, ...]]:
+        return (_is_rare(w.covers, most), w.traffic, w.redistributed, -w.covers, w.name)
+
+    return sorted(found, key=order)
 
 
 def _share(covers: int, total: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +72,4 @@ def wan() -> Operator:
     )
 
 
-PROBE = Probe(
-    "mended", "ops that attncheck fix mends", (without_strategy(), replace(wan(), slow=False))
-)
+PROBE = Probe("mended", "ops that attncheck fix mends", (without_strategy(), wan()))

@@ -30,6 +30,7 @@ from attncheck.model import (
     Outcome,
     RankState,
     Reason,
+    Remedy,
     Report,
     Severity,
     Status,
@@ -950,3 +951,22 @@ def test_judging_a_large_scan_takes_a_few_times_as_long_as_writing_it_down() -> 
     written = time.process_time()
     assert rules.judge(results)
     assert time.process_time() - written < 30 * (written - began)
+
+
+def test_what_helps_few_comes_behind_what_helps_many() -> None:
+    def priced(name: str, size: int, covers: int, *evidence: str) -> remedies.Priced:
+        return remedies.Priced(Remedy("operator", name, evidence=evidence), size, covers)
+
+    ways = [
+        priced("free, for few", 0, 1, "case"),
+        priced("dear", 900, 80, "case"),
+        priced("cheap", 90, 50, "case"),
+        priced("free, not run", 0, 0),
+    ]
+    assert [r.text for r in remedies.ranked(ways)] == [
+        "free, not run",
+        "cheap",
+        "dear",
+        "free, for few",
+    ]
+    assert remedies.ranked([ways[0]])[0].text == "free, for few"
