@@ -62,11 +62,11 @@ def verify(
     slow = [o.name for o in operators if o.slow]
     meshes = tuple(m for m in NEIGHBOUR_MESHES if m not in request.meshes)
     runs = [("their cases, with the fix", _selecting(base, [*fast, *slow]))]
-    if twins := sorted({s.name for name in fast for s in flips.get(name, ())}):
-        asked = _selecting(base, [name for name in fast if name in flips], settings=tuple(twins))
-        runs.append(
-            ("causal twins, without and with it", dataclasses.replace(asked, both_ways=True))
+    if twins := {name: _names(flips[name]) for name in fast if name in flips}:
+        asked = dataclasses.replace(
+            _selecting(base, [*twins], level="default"), only=twins, both_ways=True
         )
+        runs.append(("causal twins, without and with it", asked))
     for names, both_ways, what in (
         (
             fast,
@@ -76,11 +76,9 @@ def verify(
         (slow, False, "the neighbours of slow ones, with the fix"),
     ):
         if names and meshes:
-            settings = sorted({s for name in names for s in near[name]})
-            asked = _selecting(
-                base, names, settings=tuple(settings), placements=NEIGHBOUR_PLACEMENTS
-            )
-            runs.append((what, dataclasses.replace(asked, meshes=meshes, both_ways=both_ways)))
+            asked = _selecting(base, names, placements=NEIGHBOUR_PLACEMENTS, level="default")
+            asked = dataclasses.replace(asked, meshes=meshes, both_ways=both_ways, only=near)
+            runs.append((what, asked))
     reports = []
     for what, asked in runs:
         log(f"verifying {len(asked.selection.operators)} operators: {what}")
@@ -103,6 +101,10 @@ def joined(reports: Sequence[Report]) -> Report:
         "wall_seconds": round(sum(r.environment["wall_seconds"] for r in reports), 1),
     }
     return Report(environment, cases, rules.judge(cases))
+
+
+def _names(settings: Iterable[Setting]) -> tuple[str, ...]:
+    return tuple(setting.name for setting in settings)
 
 
 def _selecting(request: ScanRequest, operators: Sequence[str], **parts: Any) -> ScanRequest:

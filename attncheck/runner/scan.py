@@ -51,7 +51,8 @@ class ScanRequest:
     `with_packages`: requirements to provision; `case_timeout`: seconds or None for the level's own;
     `run_dir`: None for a folder in the user's cache; `fixes`: files to register strategies from before the
     first case or, where `both_ways`, after all of them were run without, and before they are run again
-    in the reverse order; `settings`: further ones by operator."""
+    in the reverse order; `settings`: further ones by operator; `only`: of these operators, the settings of
+    these names."""
 
     selection: Selection = field(default_factory=Selection)
     meshes: tuple[Mapping[str, int], ...] = ({"tp": 2},)
@@ -71,6 +72,7 @@ class ScanRequest:
     fixes: tuple[str, ...] = ()
     both_ways: bool = False
     settings: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 Log = Callable[[str], None]
@@ -112,14 +114,14 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
         log(sentence)
     imports = (*request.imports, *_installed_imports(shelf.probes, request))
     if not imports:  # with some, what there is to plan is only known later
-        known = [_with_settings(p, request.settings) for p in shelf.probes]
+        known = [_with_settings(p, request) for p in shelf.probes]
         plan_meshes(known, request.meshes, request.selection)
     started = time.time()
     path = provisioned(request, log)
     phases = {"provision": round(time.time() - started, 2)}
     found = _look(shelf.probes, imports, request, path)
     probes = [plugins.with_discovered(p, found.ops) for p in shelf.probes]
-    probes = [_with_settings(p, request.settings) for p in probes]
+    probes = [_with_settings(p, request) for p in probes]
     cases = plan_meshes(probes, request.meshes, request.selection, _beside_names(found))
     planned = len(cases)
     if request.both_ways:
@@ -183,11 +185,14 @@ def provisioned(request: ScanRequest, log: Log) -> list[str]:
     return [str(provision.ensure(package, log=log)) for package in asked]
 
 
-def _with_settings(probe: Probe, settings: Mapping[str, tuple[Setting, ...]]) -> Probe:
-    operators = tuple(
-        replace(o, settings=(*o.settings, *settings.get(o.name, ()))) for o in probe.operators
-    )
-    return replace(probe, operators=operators)
+def _with_settings(probe: Probe, request: ScanRequest) -> Probe:
+    operators = []
+    for operator in probe.operators:
+        settings = (*operator.settings, *request.settings.get(operator.name, ()))
+        if operator.name in request.only:
+            settings = tuple(s for s in settings if s.name in request.only[operator.name])
+        operators.append(replace(operator, settings=settings))
+    return replace(probe, operators=tuple(operators))
 
 
 def _installed_imports(probes: Sequence[Probe], request: ScanRequest) -> list[str]:
