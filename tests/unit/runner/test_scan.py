@@ -1,4 +1,4 @@
-"""The folders of runs: old ones go, and never one that may still be running."""
+"""What a scan makes of its request; and the folders of runs: old ones go, never one still in use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from attncheck.probing import Operator, Probe, Setting
 from attncheck.runner import scan
 
 
@@ -37,3 +38,16 @@ def test_a_run_that_still_writes_is_kept(runs: Path) -> None:
     scan._new_run_folder()
     assert (runs / "20260110-000000-1" / "journal.jsonl").exists()
     assert len(list(runs.iterdir())) == scan.KEPT_RUNS + 1
+
+
+def test_settings_are_added_and_chosen_operator_by_operator() -> None:
+    own, other, added = (Setting(name, {"batch": 2}) for name in ("own", "other", "added"))
+
+    def nothing(*_: object) -> tuple[()]:
+        return ()
+
+    operators = tuple(Operator(n, nothing, nothing, nothing, (own, other)) for n in ("a", "b"))
+    request = scan.ScanRequest(settings={"a": (added,)}, only={"a": ("other", "added")})
+    a, b = scan._with_settings(Probe("p", "", operators), request).operators
+    assert a.settings == (other, added)
+    assert b.settings == (own, other)
