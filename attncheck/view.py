@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import PurePath
 from typing import Any, TypeVar, cast
 
 from attncheck.model import (
@@ -883,12 +884,23 @@ def _phases(env: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _notices(env: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a reader must know before trusting the rest: broken probes, restarts, notes."""
+    """What a reader must know before trusting the rest: broken probes, fixes in place, restarts, notes."""
     notices = [f"Probe not loaded: {text}" for text in _texts(env.get("probe_errors"))]
+    notices += _fixes(env.get("fixes"))
     restarts = env.get("restarts")
     if isinstance(restarts, int) and restarts > 0:
         notices.append(f"Workers were restarted {count(restarts, 'time')}.")
     return tuple(one_line(notice, 1000) for notice in (*notices, *_texts(env.get("notes"))))
+
+
+def _fixes(value: Any) -> list[str]:
+    """What became of the ops in each fix file: none of these results are those of torch alone."""
+    out = []
+    for file, ops in value.items() if isinstance(value, Mapping) else ():
+        became = Counter(map(_show, ops.values())) if isinstance(ops, Mapping) else Counter()
+        counts = ", ".join(f"{number} {state}" for state, number in sorted(became.items()))
+        out.append(f"With the fix {PurePath(str(file)).name} in place: {counts or 'nothing'}.")
+    return out
 
 
 def _texts(value: Any) -> list[str]:

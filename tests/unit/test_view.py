@@ -382,3 +382,23 @@ def test_rendering_imports_no_torch(name: str) -> None:
     )
     root = sample_report.SNAPSHOTS.parent.parent
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
+
+
+def test_a_fix_in_place_is_said_at_once_and_its_changes_are_counted() -> None:
+    report = sample_report.sample()
+    fixes = {
+        "/tmp/x/mine.py": {"a.b.default": "registered", "c.d.default": "absent", "e": "absent"}
+    }
+    first, *rest = report.cases
+    changed = dataclasses.replace(first, before=Status.MISSING_STRATEGY)
+    fixed = dataclasses.replace(
+        report, environment={**report.environment, "fixes": fixes}, cases=(changed, *rest)
+    )
+    seen = view.build(fixed)
+    assert "With the fix mine.py in place: 2 absent, 1 registered." in seen.notices
+    assert sum(len(change.cases) for change in seen.changes) == len(report.cases)
+    of_first = next(change for change in seen.changes if first.case.id in change.cases)
+    assert (of_first.before, of_first.after) == ("missing strategy", first.outcome.status)
+    assert not view.build(report).changes
+    for broken in ("x", {"f": "x"}, {"f": {"op": 3}}, [1]):
+        view.build(dataclasses.replace(report, environment={"fixes": broken}))
