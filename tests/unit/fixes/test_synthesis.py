@@ -324,6 +324,7 @@ def test_conditions(good: Any, bad: Any, wanted: Any) -> None:
 # --- in a child process -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_fix.py has a child synthesise two ops in every run
 def test_ops_that_an_import_registers_are_synthesised_in_a_child() -> None:
     """One of them ends the process where heads are torn: that is skipped, and the rest goes on."""
     request = synthesis.Request(

@@ -92,6 +92,7 @@ def test_verdicts(
             assert [op["op"] for op in outcome["missing_ops"]] == expected
 
 
+@pytest.mark.slow
 def test_wrapped_functions_of_the_beta_mend_it_beside_the_ops_of_3_0_0(tmp_path: Path) -> None:
     """Its backward can have no strategy. Functions of 3.0.0 are none of a wrapper's business."""
     chosen = [
