@@ -470,7 +470,7 @@ def fix(ctx: click.Context, /, **given: Any) -> None:
     ran.
     """
     from attncheck import config
-    from attncheck.fixes import fixing, output
+    from attncheck.fixes import fixing, output, telling
 
     configured = config.load(Path.cwd())
     options = _merge(
@@ -486,7 +486,7 @@ def fix(ctx: click.Context, /, **given: Any) -> None:
             return fixing.fix(_fix_request(options, target), _log, show)
 
     fixed = _guarded(run, options["verbose"], ctx)
-    for line in fixing.summary(fixed):
+    for line in telling.summary(fixed):
         click.echo(line, err=True)
     click.echo(target.put(fixed.text), nl=False)
     if target.write and fixed.text:

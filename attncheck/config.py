@@ -63,9 +63,10 @@ def parse(file: Path) -> dict[str, Any]:
         if key not in KEYS:
             raise unknown(f"key in [tool.attncheck] of {file}:", key, KEYS)
         out[key] = _checked(file, key, value)
-    for key in out.keys() & {"probes", "fixes"}:
-        # A path in a file is meant from that file, wherever the command is run.
-        out[key] = tuple(str(file.parent / p) if p != "known" else p for p in out[key])
+    # A path in a file is meant from that file, wherever the command is run. Of fixes, `known` is none.
+    for key, names in (("probes", ()), ("fixes", ("known",))):
+        if key in out:
+            out[key] = tuple(p if p in names else str(file.parent / p) for p in out[key])
     return out
 
 

@@ -6,11 +6,11 @@ without a file; `attncheck fix` writes a module that does it without attncheck.
 
 from __future__ import annotations
 
-import fnmatch
 import sys
 
 from attncheck.fixes import local_calls, packages, strategies
 from attncheck.fixes.notation import Signature
+from attncheck.plan import matches
 
 
 def register(*kernel_ops: str) -> dict[str, str]:
@@ -23,13 +23,14 @@ def register(*kernel_ops: str) -> dict[str, str]:
     """
     known = (*packages.known(), *packages.functions())
     for glob in kernel_ops:
-        if not any(fnmatch.fnmatchcase(s.op, glob) for s in known):
+        if not any(matches(s.op, (glob,)) for s in known):
             names = ", ".join(sorted({s.op for s in known}))
             raise strategies.NotRegistered(
                 f"No known kernel op matches {glob!r}; known are {names}"
             )
-    functions = [s for s in _matching(packages.functions(), kernel_ops) if _is_imported(s)]
-    became = strategies.install(_matching(packages.known(), kernel_ops), required=False)
+    functions = [s for s in packages.functions() if matches(s.op, kernel_ops) and _is_imported(s)]
+    ops = [s for s in packages.known() if matches(s.op, kernel_ops)]
+    became = strategies.install(ops, required=False)
     became |= local_calls.patch(functions, required=False)
     if kernel_ops and all(state == strategies.ABSENT for state in became.values()):
         raise strategies.NotRegistered(
@@ -42,12 +43,6 @@ def unregister() -> None:
     """Put back what was there before `register`."""
     strategies.remove()
     local_calls.unpatch()
-
-
-def _matching(signatures: tuple[Signature, ...], globs: tuple[str, ...]) -> list[Signature]:
-    return [
-        s for s in signatures if not globs or any(fnmatch.fnmatchcase(s.op, glob) for glob in globs)
-    ]
 
 
 def _is_imported(function: Signature) -> bool:

@@ -125,9 +125,8 @@ class _Source:
         self.imports = nodes
         last = max(n.end_lineno or 0 for n in nodes)
         rest = "\n".join(text.splitlines()[last:]).strip("\n")
-        about = (
-            docs.rpartition("\n\n")[0] or docs
-        )  # the last paragraph says that the file is embedded
+        # The last paragraph says that the file is embedded.
+        about = docs.rpartition("\n\n")[0] or docs
         self.text = f"{_heading(path.stem)}\n{_comment(about)}\n\n{rest}\n"
 
 
@@ -147,11 +146,8 @@ def _imports(nodes: Iterable[ast.Import | ast.ImportFrom]) -> list[str]:
         names = {ast.unparse(alias) for alias in node.names}
         if isinstance(node, ast.Import):
             plain |= names
-        elif (module_name := node.module or "").partition(".")[0] not in (
-            "attncheck",
-            "__future__",
-        ):
-            named.setdefault(module_name, set()).update(names)
+        elif (node.module or "").partition(".")[0] not in ("attncheck", "__future__"):
+            named.setdefault(node.module or "", set()).update(names)
     lines = [(name, f"import {name}") for name in plain]
     lines += [
         (name, f"from {name} import {', '.join(sorted(names, key=str.casefold))}")

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import fnmatch
+import functools
 import tempfile
-import textwrap
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from attncheck import environment, provision
+from attncheck import environment
 from attncheck.errors import UserError, unknown
-from attncheck.fixes import emit, packages, synthesis, verify
-from attncheck.fixes.notation import NO_STRATEGY_HAS, Signature
+from attncheck.fixes import emit, packages, synthesis, telling, verify
+from attncheck.fixes.notation import Signature
 from attncheck.fixes.verify import Evidence, Progress
-from attncheck.model import BYPASSES_DISPATCHER, CaseResult, Report, Status, read_report
-from attncheck.plan import Selection
+from attncheck.model import BYPASSES_DISPATCHER, CaseResult, Report, read_report
+from attncheck.plan import Selection, matches
 from attncheck.probing import Operator
 from attncheck.rules import wording
 from attncheck.runner import scan
@@ -71,14 +68,15 @@ def fix(request: FixRequest, log: Log, on_progress: Progress) -> Fixed:
     shipped = verification.settle([*signatures, *made])
     functions = wanted_functions(verification.latest(), request.kernel_ops)
     shipped += verification.settle(functions, beside=shipped)
+    report = verification.report()
     text = ""
     if shipped:
         ops = {s.op for s in shipped}
         evidence = [e for e in verification.evidence if e.op in ops]
-        text = _module(shipped, header(verification.report, evidence), request.name)
+        text = _module(shipped, telling.header(report, evidence), request.name)
     return Fixed(
         text,
-        verification.report,
+        report,
         tuple(verification.evidence),
         {op: why for op, why in unmended.items() if verification.is_missed(op)},
         verification.needless(),
@@ -155,23 +153,12 @@ def wanted_ops(results: Sequence[CaseResult], globs: Sequence[str]) -> list[str]
     for glob in globs:
         if not any(_matches(op, glob) for op in met | functions):
             raise UserError(
-                f"No kernel op of these cases matches {glob!r}; {_reached(met, results)}."
+                f"No kernel op of these cases matches {glob!r}; {telling.reached(met, results)}."
             )
     need = refused | broken
     asked = {op for op in need if not globs or any(_matches(op, glob) for glob in globs)}
     # Who mends a forward wants to train, whatever he asked for.
     return sorted(asked | {partner for op in asked if (partner := _other_direction(op, met))})
-
-
-def _reached(met: Iterable[str], results: Sequence[CaseResult]) -> str:
-    """What cases came to, for who asks for something else."""
-    if names := wording.listing(met, limit=12):
-        return f"they reached {names}"
-    why = next((r.outcome.message for r in results if r.outcome.message), "there are none")
-    brings = next(
-        (f" (--with {name} provisions it)" for name in provision.RECIPES if name in why), ""
-    )
-    return f"none of them ran: {wording.first_line(why).rstrip('.')}{brings}"
 
 
 def wanted_functions(results: Sequence[CaseResult], globs: Sequence[str]) -> list[Signature]:
@@ -213,7 +200,7 @@ def _other_direction(op: str, met: Iterable[str]) -> str:
 def _matches(op: str, glob: str) -> bool:
     # `my::attention` is how its author writes it, `my.attention.default` how PyTorch does.
     pattern = glob.replace("::", ".")
-    return any(fnmatch.fnmatchcase(op, p) for p in (pattern, f"{pattern}.default"))
+    return matches(op, (pattern, f"{pattern}.default"))
 
 
 def _reaching(operator: Operator, globs: Sequence[str]) -> bool:
@@ -281,16 +268,24 @@ def _reaching_any(found: Report, ops: Sequence[str]) -> set[str]:
 
 
 class _Verification:
-    """What was run with a fix so far: one report of all of it, and what it says of each op."""
+    """What was run with a fix so far, and what it says of each op."""
 
     def __init__(self, request: FixRequest, found: Report, log: Log, on_progress: Progress) -> None:
         self.request = request
         self.found = found
         self.log = log
         self.on_progress = on_progress
-        self.report = found
+        self.reports: list[Report] = []
         self.before = {r.case.id: r.outcome.status for r in found.cases}
         self.evidence: list[Evidence] = []
+
+    def report(self) -> Report:
+        """All that was run with the fix as one report; what was found, where nothing was."""
+        return verify.joined(self.reports) if self.reports else self.found
+
+    @functools.cached_property
+    def operators(self) -> list[Operator]:
+        return scan.operators_of(self.request.scan)
 
     def settle(
         self, asked: Sequence[Signature], beside: Sequence[Signature] = ()
@@ -316,7 +311,8 @@ class _Verification:
     def needless(self) -> frozenset[str]:
         """Ops without a verified strategy that no case fails for any more."""
         ops = {e.op for e in self.evidence if not e.verified}
-        now = (verify.evidence(op, ops, self.report.cases) for op in ops)
+        run = verify.latest(self.reports)
+        now = (verify.evidence(op, ops, run) for op in ops)
         return frozenset(e.op for e in now if not e.failed and not e.elsewhere)
 
     def is_missed(self, op: str) -> bool:
@@ -325,14 +321,13 @@ class _Verification:
 
     def latest(self) -> list[CaseResult]:
         """What is known of each case: with the fix where it was run with it, else what was found."""
-        cases = {r.case.id: r for report in (self.found, self.report) for r in report.cases}
-        return [*cases.values()]
+        return verify.latest([self.found, *self.reports])
 
     def _verify(self, asked: Sequence[Signature], beside: Sequence[Signature]) -> list[Evidence]:
         """Run the cases that reach these, and say what came of it."""
         ops = list(dict.fromkeys(s.op for s in asked))
         reached = _reaching_any(self.found, ops)
-        operators = [o for o in scan.operators_of(self.request.scan) if o.name in reached]
+        operators = [o for o in self.operators if o.name in reached]
         if missing := sorted(reached - {o.name for o in operators}):
             raise UserError(
                 f"The report has cases of {missing[0]}, which is not here: give its --probe or --import "
@@ -345,8 +340,7 @@ class _Verification:
                 operators, file, self.before, self.request.scan, self.log, self.on_progress
             )
         self.before |= {r.case.id: r.before for r in report.cases if r.before is not None}
-        earlier = () if self.report is self.found else (self.report,)
-        self.report = verify.joined((*earlier, report))
+        self.reports.append(report)
         registered = {s.op for s in (*beside, *asked)}
         return [verify.evidence(op, registered, report.cases) for op in ops]
 
@@ -356,85 +350,3 @@ def _module(signatures: Sequence[Signature], lines: Sequence[str] = (), name: st
     wrapped = {s.op for s in packages.functions()}
     ops = [s for s in signatures if s.op not in wrapped]
     return emit.module(ops, [s for s in signatures if s.op in wrapped], lines, name)
-
-
-def header(report: Report, evidence: Sequence[Evidence]) -> list[str]:
-    """What a module says of how it was verified."""
-    env = report.environment
-    packages_ = ", ".join(f"{n} {v}" for n, v in dict(env.get("packages") or {}).items())
-    meshes = {wording.mesh(r.case.mesh) for r in report.cases}
-    dtypes = {str(r.case.setting.get("dtype")) for r in report.cases}
-    right = [e for e in evidence if e.verified]
-    lines = [
-        f"Verified on {datetime.date.today().isoformat()} by `{env.get('command', '')}`:",
-        f"{packages_}; Python {env.get('python')}; device {env.get('device')}; meshes",
-        f"{', '.join(sorted(meshes))}; {', '.join(sorted(dtypes))}; seed {env.get('seed')}.",
-    ]
-    lines += [f"Stand-in kernels: {sentence}" for sentence in env.get("standins", ())]
-    lines += [line for e in right for line in ("", *_evidence_lines(e))]
-    if wrong := [e for e in evidence if not e.verified]:
-        lines += ["", "NOT VERIFIED, and shipped because --unverified was given:"]
-        lines += [line for e in wrong for line in ("", *_evidence_lines(e))]
-    return [part for line in lines for part in _wrapped(line)]
-
-
-def _wrapped(line: str) -> list[str]:
-    indent = "    " if line.startswith(" ") else ""
-    return textwrap.wrap(line, emit.WIDTH, subsequent_indent=indent, break_long_words=False) or [""]
-
-
-def _evidence_lines(e: Evidence) -> list[str]:
-    lines = [
-        f"{e.op}",
-        f"  {e.right} of {wording.count(e.cases, 'case')} right, with errors up to {e.ratio:.2f} of their "
-        f"bound; before: {_counts(e.before)}; after: {_counts(e.after)}",
-    ]
-    lines += [f"  refused in {n}: {why}" for why, n in _reasons(e).items()]
-    lines += [f"  fails: {text}" for text in e.failed[:20]]
-    if len(e.failed) > 20:
-        lines.append(f"  and {len(e.failed) - 20} more")
-    if e.elsewhere:
-        more = wording.count(len(e.elsewhere), "more case")
-        lines.append(
-            f"  {more} fail for what this strategy cannot mend, the first: {e.elsewhere[0]}"
-        )
-    if e.unchanged:
-        lines.append(f"  {wording.count(len(e.unchanged), 'case')} fail as they did before")
-    return lines
-
-
-def _reasons(e: Evidence) -> dict[str, int]:
-    """Refusals by their reason: those that differ in placements alone are one."""
-    cases: Counter[str] = Counter()
-    placements: dict[str, list[str]] = {}
-    for sentence, n in sorted(e.refused.items()):
-        why, found, rest = sentence.removeprefix(e.op).strip(": ").partition(NO_STRATEGY_HAS)
-        cases[why] += n
-        if found:
-            placements.setdefault(why, []).append(rest.partition(":")[0])
-    return {
-        why + (f"; so placed: {'; '.join(placements[why])}" if why in placements else ""): n
-        for why, n in cases.items()
-    }
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    order = [*(s.value for s in Status), "not run"]
-    return ", ".join(f"{counts[s]} {s}" for s in order if s in counts)
-
-
-def summary(fixed: Fixed) -> list[str]:
-    """What a user reads: op by op, before and after, and what is left to do."""
-    lines = []
-    for e in fixed.evidence:
-        if e.op in fixed.needless:
-            lines.append(f"not needed  {e.op}: what calls it is called on local shards")
-            continue
-        lines.append(f"{'verified' if e.verified else 'NOT VERIFIED'}  {e.op}")
-        lines += _evidence_lines(e)[1:]
-    lines += [f"no strategy  {op}: {why}" for op, why in sorted(fixed.unmended.items())]
-    if lines:
-        return lines
-    if not any(r.outcome.status.ran for r in fixed.report.cases):
-        return [f"Nothing to mend was found: {_reached((), fixed.report.cases)}."]
-    return ["Nothing to mend: no kernel op of these cases lacks a strategy."]

@@ -34,9 +34,12 @@ from attncheck.fixes.notation import (
     Layout,
     Refused,
     Signature,
-    describe,
+    alternatives,
+    by_op,
     form_of,
     layouts,
+    leaving,
+    listed,
     read,
 )
 from attncheck.fixes.strategies import (
@@ -153,18 +156,12 @@ def _choose(forms: Sequence[Signature], values: Mapping[str, Any]) -> _Choice:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     every = layouts(signature, values, shapes, tuple(mesh.shape))
     # What the function writes into stays where it is: what is written into a copy is lost.
-    fixed = [n for n in placed if read(signature.takes[n]).in_place]
-    possible = [
-        layout
-        for layout in every
-        if all(tuple(layout.takes[n]) == tuple(placed[n].placements) for n in fixed)
-    ]
+    fixed = {n: t.placements for n, t in placed.items() if read(signature.takes[n]).in_place}
+    possible = leaving(every, fixed)
     if not possible:
-        have = ", ".join(f"{n} {''.join(map(str, placed[n].placements))}" for n in fixed)
-        wanted = [describe(one.ways, {n: one.takes[n] for n in fixed}) for one in every]
         raise Refused(
-            f"{signature.op} writes into its arguments, and none of its layouts has {have}: bring them "
-            f"to one of these placements before the call: {'; '.join(wanted)}"
+            f"{signature.op} writes into its arguments, and none of its layouts has {listed(fixed)}: bring "
+            f"them to one of these placements before the call: {alternatives(every, fixed)}"
         )
     return signature, cheapest(possible, {n: t._spec for n, t in placed.items()}, mesh)
 
@@ -303,11 +300,8 @@ def patch(functions: Iterable[Signature], required: bool = True) -> dict[str, st
     Returns what became of each: `registered`, `registered before`, `left alone` (the op of `unless` is
     registered) or `absent`. Raises NotRegistered where a required function is absent.
     """
-    forms: dict[str, list[Signature]] = {}
-    for signature in functions:
-        forms.setdefault(signature.op, []).append(signature)
     became = {}
-    for path, described in forms.items():
+    for path, described in by_op(functions).items():
         module, _, name = path.rpartition(".")
         function = _find(module, name)
         if function is None:

@@ -22,7 +22,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,8 @@ WAYS: Mapping[str, tuple[str, ...]] = {
     "replicate": (),
 }
 
-
+# What every refusal begins with, and what some go on with: others look for these.
+REFUSAL = "attncheck fix: "
 NO_STRATEGY_HAS = ", and no strategy has "
 
 
@@ -46,7 +47,7 @@ class Refused(RuntimeError):
     """No strategy is right for this call. The text is one sentence."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(f"attncheck fix: {text}")
+        super().__init__(REFUSAL + text)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,14 @@ class Layout:
     ways: tuple[str, ...]
     takes: Mapping[str, tuple[Placement, ...]]
     gives: tuple[tuple[Placement, ...] | None, ...]
+
+
+def by_op(signatures: Iterable[Signature]) -> dict[str, list[Signature]]:
+    """The forms of each op, in their order."""
+    forms: dict[str, list[Signature]] = {}
+    for signature in signatures:
+        forms.setdefault(signature.op, []).append(signature)
+    return forms
 
 
 def form_of(signatures: Sequence[Signature], values: Mapping[str, Any]) -> Signature:
@@ -330,13 +339,27 @@ def _results(
     return tuple(out)
 
 
-def describe(ways: Sequence[str], placements: Mapping[str, Sequence[Placement]]) -> str:
-    """`heads (q S(2), k S(2), v S(2))`, for messages."""
-    return f"{', '.join(ways)} ({', '.join(f'{n} {_text(p)}' for n, p in placements.items())})"
+def leaving(every: Iterable[Layout], fixed: Mapping[str, Sequence[Placement]]) -> list[Layout]:
+    """Those layouts under which these tensors stay where they lie."""
+    return [
+        layout
+        for layout in every
+        if all(tuple(layout.takes[name]) == tuple(placed) for name, placed in fixed.items())
+    ]
 
 
-def _text(placements: Sequence[Placement]) -> str:
-    return "".join(map(str, placements))
+def listed(placements: Mapping[str, Sequence[Placement]]) -> str:
+    """`q S(2), k S(2)`, for messages."""
+    return ", ".join(f"{name} {''.join(map(str, placed))}" for name, placed in placements.items())
+
+
+def alternatives(every: Iterable[Layout], names: Iterable[str]) -> str:
+    """Where these tensors lie under each layout: `heads (q S(2), k S(2)); replicate (q R, k R)`."""
+    names = [*names]
+    return "; ".join(
+        f"{', '.join(layout.ways)} ({listed({name: layout.takes[name] for name in names})})"
+        for layout in every
+    )
 
 
 def results_shapes(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import _op_schema as schemas
 from torch.distributed.tensor._collective_utils import redistribute_cost
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
@@ -28,9 +28,12 @@ from attncheck.fixes.notation import (
     Layout,
     Refused,
     Signature,
-    describe,
+    alternatives,
+    by_op,
     form_of,
     layouts,
+    leaving,
+    listed,
     read,
     results_shapes,
 )
@@ -76,13 +79,14 @@ class Strategy:
         mesh = next(iter(specs.values())).mesh
         shapes = {name: tuple(spec.shape) for name, spec in specs.items()}
         fixed = _unmovable(signature, specs, schema.kwargs_schema)
-        possible = [
-            layout
-            for layout in layouts(signature, values, shapes, tuple(mesh.shape))
-            if all(layout.takes[name] == tuple(specs[name].placements) for name in fixed)
-        ]
+        every = layouts(signature, values, shapes, tuple(mesh.shape))
+        possible = leaving(every, fixed)
         if not possible:
-            raise Refused(_none_fits(signature, fixed, specs, shapes, values, mesh))
+            raise Refused(
+                f"{signature.op} cannot move what it writes into or gets by keyword{NO_STRATEGY_HAS}"
+                f"{listed(fixed)}: bring its arguments to one of these placements before the call: "
+                f"{alternatives(every, fixed)}"
+            )
         if "query" in specs and _in_context_parallel():
             lies = tuple(specs["query"].placements)
             possible = [layout for layout in possible if layout.takes["query"] == lies]
@@ -130,11 +134,11 @@ def _spec(value: Any) -> Any:
 
 def _unmovable(
     signature: Signature, specs: Mapping[str, Any], kwargs: Mapping[str, Any]
-) -> list[str]:
+) -> dict[str, Sequence[Placement]]:
     """Tensors that must stay as they lie: what the op writes into, and what is passed by keyword, which
     DTensor never redistributes, whatever a strategy says."""
     written = {name for name, text in signature.takes.items() if read(text).in_place}
-    return [name for name in specs if name in written or name in kwargs]
+    return {n: spec.placements for n, spec in specs.items() if n in written or n in kwargs}
 
 
 def _in_context_parallel() -> bool:
@@ -154,26 +158,6 @@ def cheapest(possible: Sequence[Layout], specs: Mapping[str, Any], mesh: Any) ->
     return min(possible, key=price)
 
 
-def _none_fits(
-    signature: Signature,
-    fixed: Sequence[str],
-    specs: Mapping[str, Any],
-    shapes: Mapping[str, Sequence[int]],
-    values: Mapping[str, Any],
-    mesh: Any,
-) -> str:
-    """Why no layout is left, and what to do."""
-    have = ", ".join(f"{n} {''.join(map(str, specs[n].placements))}" for n in fixed)
-    wanted = [
-        describe(layout.ways, {n: layout.takes[n] for n in fixed})
-        for layout in layouts(signature, values, shapes, tuple(mesh.shape))
-    ]
-    return (
-        f"{signature.op} cannot move what it writes into or gets by keyword{NO_STRATEGY_HAS}{have}: "
-        f"bring its arguments to one of these placements before the call: {'; '.join(wanted)}"
-    )
-
-
 # --- registering ---------------------------------------------------------------------------------
 
 # What the tables held for an op before it was registered here.
@@ -188,12 +172,9 @@ def install(signatures: Iterable[Signature], required: bool = True) -> dict[str,
     of its own), `another version` (it returns more or less than described) or `absent`. Raises
     NotRegistered where a required op is absent, or a strategy does not answer once it is registered.
     """
-    forms: dict[str, list[Signature]] = {}
-    for signature in signatures:
-        forms.setdefault(signature.op, []).append(signature)
     became: dict[str, str] = {}
     new: list[Strategy] = []
-    for name, described in forms.items():
+    for name, described in by_op(signatures).items():
         op = find_op(name, described[0].imports if required else "")
         if op is None:
             if required:

@@ -19,6 +19,7 @@ from typing import Any
 
 from attncheck import rules
 from attncheck.fixes import packages
+from attncheck.fixes.notation import REFUSAL
 from attncheck.model import Case, CaseResult, Outcome, Report, Status, worst
 from attncheck.probing import (
     HEADS,
@@ -35,8 +36,6 @@ from attncheck.runner.scan import ScanRequest
 NEIGHBOUR_MESHES = ({"tp": 3}, {"dp": 2, "tp": 2})
 NEIGHBOUR_PLACEMENTS = ("batch", "heads", "batch,heads", "heads,heads")
 FLIP_PLACEMENTS = ("replicate", "batch", "heads", "query")
-# How a strategy of ours says that it has none for a call.
-REFUSAL = "attncheck fix: "
 _MASKS = re.compile("mask|bias|alibi")
 
 Progress = Callable[[int, int, Case | None], None]
@@ -87,14 +86,21 @@ def verify(
     for report in reports:
         for result in report.cases:
             _add(results, result, known)
-    cases = tuple(results.values())
-    return Report(joined(reports).environment, cases, rules.judge(cases))
+    return _report(reports, results.values())
 
 
 def joined(reports: Sequence[Report]) -> Report:
-    """One report of several (at least one): of a case that is in more of them, what the last one says."""
-    results = {r.case.id: r for report in reports for r in report.cases}
-    cases = tuple(results.values())
+    """One report of several (at least one), with what is `latest`."""
+    return _report(reports, latest(reports))
+
+
+def latest(reports: Iterable[Report]) -> list[CaseResult]:
+    """Their entries: of a case that is in more of them, what the last one says."""
+    return [*{r.case.id: r for report in reports for r in report.cases}.values()]
+
+
+def _report(reports: Sequence[Report], results: Iterable[CaseResult]) -> Report:
+    cases = tuple(results)
     environment = {
         **reports[0].environment,
         **scan.describe_meshes(result.case for result in cases),

@@ -52,6 +52,7 @@ __all__ = [
     "registered_schemas",
     "rendezvous_store",
     "route_higher_order_ops",
+    "schema_op_name",
     "simulated_group",
     "simulated_ranks",
     "unsimulated",
@@ -120,6 +121,11 @@ def _is_bare_propagation(error: BaseException) -> bool:
 def op_name(func: Any) -> str:
     """A kernel op as PyTorch writes it: its path under `torch.ops`."""
     return str(func) if hasattr(func, "_schema") else f"higher_order.{func}"
+
+
+def schema_op_name(schema: Any) -> str:
+    """The same of a FunctionSchema: `flash_attn._flash_attn_forward.default`."""
+    return f"{schema.name.replace('::', '.')}.{schema.overload_name or 'default'}"
 
 
 def placement_text(placement: Placement) -> str:

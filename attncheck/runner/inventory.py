@@ -89,18 +89,13 @@ def _make_available(asked: Look, say: Any) -> set[str]:
     return stood_in
 
 
-def _op_name(schema: Any) -> str:
-    """As PyTorch writes it in its errors: `flash_attn._flash_attn_forward.default`."""
-    return f"{schema.name.replace('::', '.')}.{schema.overload_name or 'default'}"
-
-
 def _attention_ops() -> Iterator[tuple[str, Any]]:
     """(name, schema) of what looks like attention, by name; schema is None for a higher-order op."""
     found = {}
     for schema in compat.registered_schemas():
         if schema.overload_name.endswith("out") or not _looks_like_attention(schema):
             continue
-        found[_op_name(schema)] = schema
+        found[compat.schema_op_name(schema)] = schema
     for name in compat.higher_order_ops():
         if NAMES.search(name):
             found[f"higher_order.{name}"] = None

@@ -30,7 +30,7 @@ from verify_strategies import Call, Recorder, _distance, recorded
 
 from attncheck import plugins, standins
 from attncheck.fixes import packages
-from attncheck.fixes.notation import Layout, Refused, Signature, form_of, layouts, read
+from attncheck.fixes.notation import Layout, Refused, Signature, by_op, form_of, layouts, read
 from attncheck.fixes.strategies import arguments
 from attncheck.probing import Operator, Setting
 
@@ -41,13 +41,6 @@ CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 __all__ = ["Call", "Recorder", "by_op", "main", "verify", "written"]
 
 Forms = Mapping[str, Sequence[Signature]]
-
-
-def by_op(signatures: Sequence[Signature]) -> dict[str, list[Signature]]:
-    forms = defaultdict(list)
-    for signature in signatures:
-        forms[signature.op].append(signature)
-    return dict(forms)
 
 
 def written(forms: Forms) -> dict[str, tuple[str, ...]]:

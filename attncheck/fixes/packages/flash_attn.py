@@ -10,9 +10,9 @@ whose dk and dv would be sums is impossible there: k and v that are whole get bu
 from __future__ import annotations
 
 from attncheck.fixes.notation import Signature
+from attncheck.fixes.packages.reasons import SHARED_MASKS
 
 NO_DROPOUT = {"dropout_p": 0.0}
-BECAUSE = "shards that draw from equal seeds share a dropout mask, and replicas that do not differ"
 IMPORTS = "flash_attn"
 
 DENSE_QKV = {"q": "b sq h d", "k": "b sk g d", "v": "b sk g d"}
@@ -36,7 +36,7 @@ SIGNATURES = (
             "window_size_right": -1,
             "alibi_slopes": None,
         },
-        because=BECAUSE,
+        because=SHARED_MASKS,
         imports=IMPORTS,
     ),
     Signature(
@@ -54,7 +54,7 @@ SIGNATURES = (
         },
         gives={"softmax_d": "b h padded"},
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         imports=IMPORTS,
     ),
     Signature(
@@ -74,7 +74,7 @@ SIGNATURES = (
             "rng_state": "replicated",
         },
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         imports=IMPORTS,
     ),
     Signature(
@@ -93,7 +93,7 @@ SIGNATURES = (
         },
         gives={"softmax_d": "h padded"},
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         imports=IMPORTS,
     ),
 )

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from attncheck.fixes.notation import GIVEN, Signature
+from attncheck.fixes.packages.reasons import SHARED_MASKS
 
 NO_DROPOUT: Mapping[str, Any] = {"dropout_p": 0.0}
-BECAUSE = "shards that draw from equal seeds share a dropout mask, and replicas that do not differ"
 # ALiBi and windows go by position.
 APART: Mapping[str, Any] = {
     "causal": False,
@@ -70,7 +70,7 @@ FUNCTIONS = (
         gives=GIVES,
         needs=NO_DROPOUT,
         queries=APART,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         unless="flash_attn._flash_attn_forward.default",
     ),
     Signature(
@@ -79,7 +79,7 @@ FUNCTIONS = (
         gives=GIVES,
         needs=NO_DROPOUT,
         queries=APART,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     Signature(
         "flash_attn.flash_attn_qkvpacked_func",
@@ -87,7 +87,7 @@ FUNCTIONS = (
         takes={"qkv": "b s three h d", **SLOPES},
         gives={**GIVES, "out": "b s h d", "softmax_lse": "b h s"},
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     Signature(
         "flash_attn.flash_attn_varlen_func",
@@ -101,7 +101,7 @@ FUNCTIONS = (
         },
         gives=VARLEN_GIVES,
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         unless="flash_attn._flash_attn_varlen_forward.default",
     ),
     Signature(
@@ -109,14 +109,14 @@ FUNCTIONS = (
         takes={"q": "t h d", "kv": "u two g d", **LENGTHS, "alibi_slopes": "h | n h"},
         gives=VARLEN_GIVES,
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     Signature(
         "flash_attn.flash_attn_varlen_qkvpacked_func",
         takes={"qkv": "t three h d", "cu_seqlens": "replicated", "alibi_slopes": "h | n h"},
         gives=VARLEN_GIVES,
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     _chosen("pages rows g d", "block_table"),
     _chosen("rows sk g d", "cache_batch_idx"),

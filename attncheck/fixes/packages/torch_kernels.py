@@ -11,9 +11,9 @@ Neither has a row for queries.
 from __future__ import annotations
 
 from attncheck.fixes.notation import GIVEN, Signature
+from attncheck.fixes.packages.reasons import SHARED_MASKS
 
 NO_DROPOUT = {"dropout_p": 0.0}
-BECAUSE = "shards that draw from equal seeds share a dropout mask, and replicas that do not differ"
 
 # Flash: (batch, sequence, heads, head_dim), packed (tokens, heads, head_dim).
 FLASH_FORWARD = "aten._flash_attention_forward.default"
@@ -45,7 +45,7 @@ FLASH = (
         },
         needs=NO_DROPOUT,
         queries={**FLASH_QUERIES, "alibi_slopes": None},
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     Signature(
         FLASH_FORWARD,
@@ -64,7 +64,7 @@ FLASH = (
             "debug_attn_mask": "replicated",
         },
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     Signature(
         FLASH_BACKWARD,
@@ -83,7 +83,7 @@ FLASH = (
         },
         needs=NO_DROPOUT,
         queries=FLASH_QUERIES,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     Signature(
         FLASH_BACKWARD,
@@ -102,7 +102,7 @@ FLASH = (
             "grad_value": "tk g d, summed over h",
         },
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
 )
 
@@ -123,7 +123,7 @@ EFFICIENT = (
         takes={**EFFICIENT_QKV, "bias": "b h sq sk", "seqlen_k": "b"},
         gives={"output": "b sq h dv", "logsumexp": "b h padded", **STATE, **LONGEST},
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     Signature(
         EFFICIENT_FORWARD,
@@ -131,7 +131,7 @@ EFFICIENT = (
         takes={**EFFICIENT_PACKED_QKV, **EFFICIENT_LENGTHS, "seqlen_k": "replicated"},
         gives={"output": "one t h dv", "logsumexp": "sequences h padded", **STATE, **LONGEST},
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     Signature(
         EFFICIENT_BACKWARD,
@@ -151,7 +151,7 @@ EFFICIENT = (
             "grad_bias": "like bias, summed over b h, if bias_requires_grad",
         },
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     Signature(
         EFFICIENT_BACKWARD,
@@ -171,7 +171,7 @@ EFFICIENT = (
             "grad_bias": "none",
         },
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
 )
 
@@ -204,7 +204,7 @@ CUDNN = (
             **CUDNN_REST,
         },
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         fake=True,
     ),
     Signature(
@@ -219,7 +219,7 @@ CUDNN = (
             **CUDNN_REST,
         },
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         fake=True,
     ),
     Signature(
@@ -239,7 +239,7 @@ CUDNN = (
             "grad_value": "b g sk dv, summed over h",
         },
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         fake=True,
     ),
     Signature(
@@ -259,7 +259,7 @@ CUDNN = (
             "grad_value": "tk g dv, summed over h",
         },
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         fake=True,
     ),
 )

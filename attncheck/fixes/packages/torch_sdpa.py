@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from attncheck.fixes.notation import Signature
+from attncheck.fixes.packages.reasons import SHARED_MASKS
 
 NO_DROPOUT = {"dropout_p": 0.0}
-BECAUSE = "shards that draw from equal seeds share a dropout mask, and replicas that do not differ"
 
 QKV = {"query": "b h sq d", "key": "b g sk d", "value": "b g sk d"}
 SAVED = {"out": "b h sq d", "logsumexp": "b h sq"}
@@ -19,7 +19,7 @@ SIGNATURES = (
         gives={"output": "b h sq d", "logsumexp": "b h sq"},
         needs=NO_DROPOUT,
         queries={"is_causal": False},
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     Signature(
         "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
@@ -31,7 +31,7 @@ SIGNATURES = (
         },
         needs=NO_DROPOUT,
         queries={"is_causal": False},
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     # No queries: the forward returns how many there were on its rank, as a number that the backward gets.
     Signature(
@@ -49,7 +49,7 @@ SIGNATURES = (
             "debug_attn_mask": "none",
         },
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
     Signature(
         "aten._scaled_dot_product_fused_attention_overrideable_backward.default",
@@ -68,6 +68,6 @@ SIGNATURES = (
             "grad_attn_bias": "like attn_bias, summed over b h, if grad_input_mask[3]",
         },
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
     ),
 )

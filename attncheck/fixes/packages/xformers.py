@@ -7,9 +7,9 @@ Here no op writes into buffers, so that gradients can be sums.
 from __future__ import annotations
 
 from attncheck.fixes.notation import GIVEN, Signature
+from attncheck.fixes.packages.reasons import SHARED_MASKS
 
 NO_DROPOUT = {"p": 0.0}
-BECAUSE = "shards that draw from equal seeds share a dropout mask, and replicas that do not differ"
 IMPORTS = "xformers.ops.fmha"
 
 DENSE = {"cu_seqlens_q": None, "cu_seqlens_k": None, "seqused_k": None}
@@ -43,7 +43,7 @@ FLASH = (
         gives={"out": "b sq h d", "lse": "b h sq", "rng_state": "replicated"},
         needs=NO_DROPOUT,
         queries=QUERIES,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         imports=IMPORTS,
     ),
     Signature(
@@ -57,7 +57,7 @@ FLASH = (
         },
         gives={"out": "t h d", "lse": "h t", "rng_state": "replicated"},
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         imports=IMPORTS,
     ),
     Signature(
@@ -73,7 +73,7 @@ FLASH = (
         gives=GRADS,
         needs=NO_DROPOUT,
         queries=QUERIES,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         imports=IMPORTS,
     ),
     Signature(
@@ -89,7 +89,7 @@ FLASH = (
         },
         gives=PACKED_GRADS,
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         imports=IMPORTS,
     ),
 )
@@ -104,7 +104,7 @@ FLASH3 = (
         gives={"out": "b sq h d", "lse": "b h sq"},
         needs=NO_DROPOUT,
         queries=QUERIES,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         imports=IMPORTS,
     ),
     Signature(
@@ -119,7 +119,7 @@ FLASH3 = (
         },
         gives={"out": "t h d", "lse": "h t"},
         needs=NO_DROPOUT,
-        because=BECAUSE,
+        because=SHARED_MASKS,
         imports=IMPORTS,
     ),
     Signature(

@@ -20,6 +20,7 @@ import torch
 from attncheck.errors import UserError
 from attncheck.fixes import recording
 from attncheck.fixes.notation import BATCH, HEADS, KV_HEADS, QUERIES, Signature
+from attncheck.fixes.packages.reasons import SHARED_MASKS
 from attncheck.fixes.recording import Bench, Call
 from attncheck.fixes.synthesis.checking import check
 from attncheck.fixes.synthesis.description import Form, Rejected, describe_form, refuse_unfakeable
@@ -39,7 +40,6 @@ from attncheck.runner import compat
 
 # Rows that the notation cannot say, of which so many are told.
 TOLD = 12
-DROPOUT = "shards that draw from equal seeds share a dropout mask, and replicas that do not differ"
 Log = Callable[[str], None]
 
 
@@ -97,7 +97,7 @@ def synthesise(
     for found, held in forms.values():
         learned.append(_learn(found, held, fake, bench, log))
     signatures, untold = told_apart(op, learned)
-    because = DROPOUT if needs else ""
+    because = SHARED_MASKS if needs else ""
     signatures = tuple(
         replace(s, needs=needs, because=because, imports=imports, fake=fake) for s in signatures
     )

@@ -7,7 +7,6 @@ it, so that what ended it can be left out, and the answer at the end.
 from __future__ import annotations
 
 import faulthandler
-import fnmatch
 import importlib
 import os
 import pickle
@@ -31,6 +30,7 @@ from attncheck.fixes.recording import Bench, Call
 from attncheck.fixes.synthesis.learning import Log, Synthesis, choose, synthesise
 from attncheck.fixes.synthesis.search import Row
 from attncheck.inventory import Look, RegisteredOp
+from attncheck.plan import matches
 from attncheck.probing import Operator
 from attncheck.runner import compat, inventory
 from attncheck.runner.available import Availability
@@ -255,21 +255,17 @@ def _notes(file: Path) -> Iterator[tuple[str, Row | str]]:
 def _registered_by(imports: Sequence[str], doing: _Doing) -> dict[str, str]:
     """op -> the module whose import registered it."""
     modules: dict[str, str] = {}
-    before = {_name(schema) for schema in compat.registered_schemas()}
+    before = {compat.schema_op_name(schema) for schema in compat.registered_schemas()}
     for module in imports:
         doing(f"importing {module}")
         try:
             importlib.import_module(module)
         except (Exception, SystemExit) as error:
             raise UserError(f"{module} does not import: {type(error).__name__}: {error}") from None
-        after = {_name(schema) for schema in compat.registered_schemas()}
+        after = {compat.schema_op_name(schema) for schema in compat.registered_schemas()}
         modules.update(dict.fromkeys(after - before, module))
         before = after
     return modules
-
-
-def _name(schema: Any) -> str:
-    return f"{schema.name.replace('::', '.')}.{schema.overload_name or 'default'}"
 
 
 def _calls(asked: _Asked, doing: _Doing) -> dict[str, list[Call]]:
@@ -285,11 +281,11 @@ def _calls(asked: _Asked, doing: _Doing) -> dict[str, list[Call]]:
         return (
             recording.is_custom(op)
             and name not in request.known
-            and _matches(name, request.kernel_ops)
+            and matches(name, request.kernel_ops)
         )
 
     for operator in _operators(asked, doing):
-        if not _matches(operator.name, request.operators):
+        if not matches(operator.name, request.operators):
             continue
         doing(f"making {operator.name} available")
         if availability.refusal(operator) is not None:
@@ -336,12 +332,6 @@ def _operators(asked: _Asked, doing: _Doing) -> Iterator[Operator]:
         ops = tuple(op for op in ops if op.op.partition(".")[0] not in recording.OWN)
     for probe in shelf.probes:
         yield from plugins.with_discovered(probe, ops).operators
-
-
-def _matches(name: str, globs: Sequence[str]) -> bool:
-    return not globs or any(
-        name == glob or fnmatch.fnmatchcase(name, glob.replace("[", "[[]")) for glob in globs
-    )
 
 
 class _Doing:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from attncheck.fixes import fixing, output, packages, synthesis, verify
+from attncheck.fixes import fixing, output, packages, synthesis, telling, verify
 from attncheck.fixes.verify import Evidence
 from attncheck.model import (
     BYPASSES_DISPATCHER,
@@ -100,8 +100,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch, found: list[CaseResult], good: bool) 
         right = Outcome(Status.SUPPORTED)
         cases = [r for r in found if any(verify.reaches(r, op) for op in ops)]
         run = tuple(replace(r, outcome=right if good else r.outcome) for r in cases)
-        earlier = self.report.cases if self.report is not self.found else ()
-        self.report = Report(environment, (*earlier, *run), ())
+        self.reports.append(Report(environment, run, ()))
         return [
             Evidence(op, mended=int(good), failed=() if good else ("it is wrong",)) for op in ops
         ]
@@ -133,7 +132,7 @@ def test_what_is_wrong_is_not_written_and_told(monkeypatch: pytest.MonkeyPatch) 
     made = fixed(monkeypatch, [of("sdpa", MISSING)], good=False)
     assert made.text == ""
     assert output.exit_code(made) == 1
-    said = "\n".join(fixing.summary(made))
+    said = "\n".join(telling.summary(made))
     assert f"NOT VERIFIED  {CPU}" in said
     assert "it is wrong" in said
 
@@ -150,4 +149,4 @@ def test_an_op_that_nobody_knows_is_unmended(monkeypatch: pytest.MonkeyPatch) ->
 def test_nothing_missing_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     made = fixed(monkeypatch, [of("sdpa", Outcome(Status.SUPPORTED))], good=True)
     assert (made.text, output.exit_code(made)) == ("", 0)
-    assert fixing.summary(made)[0].startswith("Nothing to mend")
+    assert telling.summary(made)[0].startswith("Nothing to mend")
