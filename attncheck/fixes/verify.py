@@ -104,6 +104,8 @@ def _report(reports: Sequence[Report], results: Iterable[CaseResult]) -> Report:
     environment = {
         **reports[0].environment,
         **scan.describe_meshes(result.case for result in cases),
+        "standins": sorted({s for result in cases for s in result.outcome.standins}),
+        "restarts": sum(r.environment.get("restarts", 0) for r in reports),
         "wall_seconds": round(sum(r.environment["wall_seconds"] for r in reports), 1),
     }
     return Report(environment, cases, rules.judge(cases))

@@ -14,6 +14,7 @@ from attncheck.model import (
     KernelOp,
     MissingOp,
     Outcome,
+    Report,
     Status,
 )
 from attncheck.probing import Operator, Setting
@@ -176,3 +177,18 @@ def test_a_plain_tensor_among_dtensors_is_no_fault_of_a_strategy() -> None:
     assert found.verified
     assert len(found.elsewhere) == 1
     assert not evidence(mixed).verified
+
+
+def test_a_joined_report_names_the_stand_ins_of_all_its_cases() -> None:
+    def report(name: str, standin: str, restarts: int) -> Report:
+        made = result(Status.SUPPORTED, name=name)
+        made = replace(made, outcome=replace(made.outcome, standins=(standin,)))
+        case = replace(made.case, id=f"p/o/{name}")
+        environment = {"standins": [standin], "restarts": restarts, "wall_seconds": 1.5}
+        return Report(environment, (replace(made, case=case),), ())
+
+    joined = verify.joined([report("a", "kernels of flash", 1), report("b", "kernels of aten", 2)])
+    assert joined.environment["standins"] == ["kernels of aten", "kernels of flash"]
+    assert joined.environment["restarts"] == 3
+    assert joined.environment["wall_seconds"] == 3.0
+    assert len(joined.cases) == 2
