@@ -296,16 +296,30 @@ def _has_empty_shard(
 ) -> bool:
     """Whether some rank holds no rows of some tensor (torch.chunk leaves the last ranks empty)."""
     for tensor in tensors:
-        sizes = list(tensor.sizes)
+        axes: dict[int, list[int]] = {}
         for placement, parts in zip(placements[tensor.name], mesh, strict=False):
-            if not placement.startswith("S("):
-                continue
-            dim = int(placement[2:-1])
-            rows = -(-sizes[dim] // parts)
-            if rows * (parts - 1) >= sizes[dim]:
-                return True
-            sizes[dim] = sizes[dim] - rows * (parts - 1)  # the smallest shard: the last rank's
+            if placement.startswith("S("):
+                axes.setdefault(int(placement[2:-1]), []).append(parts)
+        if any(_fewest_rows(tensor.sizes[dim], parts) == 0 for dim, parts in axes.items()):
+            return True
     return False
+
+
+def _fewest_rows(size: int, axes: Sequence[int]) -> int:
+    """What the rank with fewest rows gets where one axis after the other splits them like torch.chunk.
+
+    >>> _fewest_rows(7, [2, 3]), _fewest_rows(7, [3, 2])  # 4 and 3, then 2, 2, 0; 3, 3, 1, then 2, 1 and 1, 0
+    (0, 0)
+    """
+    sizes = {size}
+    for parts in axes:
+        sizes = {
+            max(0, min(rows, one - at * rows))
+            for one in sizes
+            for rows in (-(-one // parts),)
+            for at in range(parts)
+        }
+    return min(sizes)
 
 
 def settings_by_name(operator: Operator) -> dict[str, Setting]:

@@ -256,10 +256,17 @@ def _fits(ways: Sequence[str], sizes: Mapping[str, int], mesh: Sequence[int]) ->
 
 
 def _fewest(size: int, axes: Sequence[int]) -> int:
-    """How many rows the last rank gets, split like torch.chunk by one axis after the other."""
+    """How many rows the rank with fewest gets, split like torch.chunk by one axis after the other. That need
+    not be the last one: 7 rows are 4 and 3, and of these 3 ranks get 2, 2, 0 and 1, 1, 1."""
+    sizes = {size}
     for ranks in axes:
-        size -= -(-size // ranks) * (ranks - 1)
-    return size
+        sizes = {
+            max(0, min(rows, one - at * rows))
+            for one in sizes
+            for rows in (-(-one // ranks),)
+            for at in range(ranks)
+        }
+    return min(sizes)
 
 
 def _layout(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from attncheck import plugins
 from attncheck.errors import UserError
-from attncheck.plan import Selection, parse_mesh, placement_texts, plan, plan_meshes
+from attncheck.plan import Selection, _fewest_rows, parse_mesh, placement_texts, plan, plan_meshes
 from attncheck.probing import OTHER, PATTERNS, Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,3 +169,25 @@ def test_no_two_roles_share_a_size_even_when_halved() -> None:
                 sizes = [{s for n in g for s in (n, n // 2, n - n // 2)} for g in groups]
                 together = set().union(*sizes)
                 assert len(together) == sum(map(len, sizes)), (operator.name, setting.name, sizes)
+
+
+@pytest.mark.parametrize(
+    ("size", "axes", "fewest"),
+    [
+        (7, [2, 3], 0),  # 4 and 3 rows; the 4 are 2, 2 and none
+        (7, [2], 3),
+        (5, [4], 0),
+        (12, [2, 3], 2),
+        (1, [], 1),
+    ],
+)
+def test_the_rank_with_fewest_rows_need_not_be_the_last(
+    size: int, axes: list[int], fewest: int
+) -> None:
+    import torch
+
+    pieces = [torch.empty(size)]
+    for ranks in axes:
+        chunks = [piece.chunk(ranks) for piece in pieces]
+        pieces = [c for cs in chunks for c in (*cs, *[torch.empty(0)] * (ranks - len(cs)))]
+    assert _fewest_rows(size, axes) == fewest == min(map(len, pieces))

@@ -222,6 +222,7 @@ def check(layout: Layout, sizes: Sizes, mesh: Sequence[int]) -> None:
 
 
 @given(calls, meshes)
+@example({"b": 1, "sq": 7, "h": 1, "g": 1}, (2, 3))  # 4 and 3 rows, and the 4 are 2, 2 and none
 @example({"b": 4, "sq": 3, "h": 12, "g": 3}, (2,))  # 6 query heads, and 2 and 1 kv heads
 @example({"b": 4, "sq": 3, "h": 5, "g": 5}, (2, 2))
 @example({"b": 5, "sq": 3, "h": 4, "g": 1}, (2, 2))
