@@ -303,7 +303,7 @@ def test_any_report_has_a_view(report: Report) -> None:
     ],
 )
 def test_exit_line_agrees_with_the_exit_code(report: Report, words: str) -> None:
-    from attncheck.cli import exit_code
+    from attncheck.commands.common import exit_code
 
     line = view.build(report).exit_line
     assert words in line

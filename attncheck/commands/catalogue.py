@@ -1,0 +1,78 @@
+"""Commands that tell what there is: probes, rules, versions; and the scaffold of a probe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from attncheck.commands.common import log, many, merged
+
+
+@click.command("list")
+@click.option("--cases", is_flag=True, help="List the cases that a scan at --level would run.")
+@click.option(
+    "--kernel-ops",
+    is_flag=True,
+    help="List every attention-like op registered in the process, and what DTensor has for it.",
+)
+@click.option("--level", default="default", metavar="NAME", help="quick, default or full.")
+@many("--probe", "probes", metavar="FILE", help="A probe file of your own. Its code is run.")
+@many("--import", "imports", metavar="MODULE", help="Import it first (with --kernel-ops).")
+@many(
+    "--with",
+    "with_",
+    metavar="PACKAGE",
+    help="Provision it first, as scan does (with --kernel-ops).",
+)
+def list_(cases: bool, kernel_ops: bool, level: str, **given: tuple[str, ...]) -> None:
+    """List probes, operators, settings, placements, rules and formats."""
+    from attncheck import config, listing
+
+    options = merged(config.load(Path.cwd()), given)
+    if kernel_ops:
+        text = listing.kernel_ops(options["probes"], options["imports"], options["with"], log)
+    elif cases:
+        text = listing.cases(level, options["probes"])
+    else:
+        text = listing.everything(options["probes"])
+    click.echo(text, nl=False)
+
+
+@click.group()
+def new() -> None:
+    """Write a file to start from."""
+
+
+@new.command("probe")
+@click.argument("name")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=Path(), help="Where (default: here)."
+)
+def new_probe(name: str, folder: Path) -> None:
+    """Write NAME.py, a documented probe that runs as it is, to be changed into your own."""
+    from attncheck import scaffold
+
+    path = scaffold.new_probe(name, folder)
+    click.echo(f"Wrote {path}. It runs as it is:\n\n  attncheck scan --probe {path} -k '{name}*'\n")
+
+
+@click.command()
+def env() -> None:
+    """Show the versions that matter, for pasting into an issue. Works without torch."""
+    from attncheck import environment
+
+    click.echo(environment.render(environment.describe()), nl=False)
+
+
+@click.command()
+@click.argument("rule")
+def explain(rule: str) -> None:
+    """Explain a rule: what it does, why it matters, an example, what to do."""
+    from attncheck import rules
+
+    found = rules.find(rule)
+    click.echo(
+        f"# {found.id} {found.name}\n\nSeverity: {found.severity.value}. Since {found.since}.\n"
+    )
+    click.echo(found.docs.strip())
