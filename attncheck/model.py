@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any, TypeVar
 
 from attncheck.errors import UserError
@@ -96,7 +95,8 @@ class Case:
     one entry per mesh axis; `["plain"]` for an argument passed as an ordinary tensor. `function` is the
     import path of what the operator calls, where `operator` is a shorthand. `communicates`: the operator
     exists to communicate (a ring), so its collectives are asked for. `tensor_bytes`: what each tensor
-    takes, all of it.
+    takes, all of it; `tensor_dims` names the role of each of its dims (`heads`; `-` for none), and
+    `tensor_sizes` gives the size of each.
     """
 
     id: str
@@ -111,6 +111,8 @@ class Case:
     function: str = ""
     communicates: bool = False
     tensor_bytes: Mapping[str, int] = field(default_factory=dict)
+    tensor_dims: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tensor_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def setting_name(self) -> str:
@@ -374,14 +376,81 @@ def fingerprint(rule: str, subject: str) -> str:
     return hashlib.sha256(f"{rule}\0{subject}".encode()).hexdigest()[:16]
 
 
+class ChangeKind(str, Enum):
+    """What became of a case since a baseline, or an older report; in the order in which it is told."""
+
+    NEW = "new"  # a finding that was not known
+    WORSE = "worse"  # down the status order
+    DRIFTED = "drifted"  # the error grew beyond noise, within its bound
+    COSTLIER = "costlier"  # more bytes of collectives
+    NOT_RUN = "not_run"  # known, and could not be run now
+    BETTER = "better"  # up the status order, or cheaper; findings remain
+    FIXED = "fixed"  # it had findings, and has none
+    ADDED = "added"  # was not there before, and has no finding
+    IGNORED = "ignored"  # went down, and every finding of it is ignored by configuration
+    UNCHANGED = "unchanged"
+
+    @property
+    def regressed(self) -> bool:
+        return self in REGRESSIONS
+
+
+REGRESSIONS = (ChangeKind.NEW, ChangeKind.WORSE, ChangeKind.DRIFTED, ChangeKind.COSTLIER)
+
+
+@dataclass(frozen=True)
+class CaseChange:
+    """A case, then and now. `before`, `after`: None where it was not there. `rules`: ids of the rules that
+    the change is about; `detail`: its numbers in words; `reason` and `until`: what people wrote of it in
+    the baseline; `gates`: it is one for which a gate fails."""
+
+    case: str
+    kind: ChangeKind
+    before: Status | None = None
+    after: Status | None = None
+    rules: tuple[str, ...] = ()
+    detail: str = ""
+    reason: str = ""
+    until: str = ""
+    gates: bool = False
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something of the environment that is not as it was; empty where it was not there."""
+
+    name: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A report held against a baseline or an older report. `against` names it; `changes` are all cases but
+    the unchanged ones, in the order of `ChangeKind`; `stale` counts entries of a baseline that were fixed
+    or are no longer run; `verdict` says in words what a gate decides (`exit_code`), empty for a mere diff."""
+
+    against: str
+    environment: tuple[Difference, ...] = ()
+    changes: tuple[CaseChange, ...] = ()
+    unchanged: int = 0
+    stale: int = 0
+    verdict: str = ""
+    exit_code: int = 0
+
+
 @dataclass(frozen=True)
 class Report:
-    """One scan. `environment` is free-form JSON: versions, device, seeds, stand-ins, phase times."""
+    """One scan. `environment` is free-form JSON: versions, device, seeds, stand-ins, phase times.
+
+    `comparison`: where it was held against another (`attncheck gate`, `attncheck diff`).
+    """
 
     environment: Mapping[str, Any]
     cases: tuple[CaseResult, ...]
     findings: tuple[Finding, ...]
     schema_version: int = SCHEMA_VERSION
+    comparison: Comparison | None = None
 
     @property
     def summary(self) -> dict[str, int]:
@@ -505,35 +574,6 @@ def _short(value: Any) -> str:
 def dump_report(report: Report) -> str:
     """The report as JSON text, keys in the order of the fields."""
     return json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def load_report(text: str, where: str = "report") -> Report:
-    """Parse a saved report. Raises UserError where the text is no report of a version we can read."""
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}.") from None
-    if not isinstance(document, dict) or "schema_version" not in document:
-        raise UserError(f"{where} is not an attncheck report: it has no schema_version.")
-    version = document["schema_version"]
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{where} has schema_version {version}; this attncheck reads {SCHEMA_VERSION}."
-        )
-    return from_json(Report, document, where)
-
-
-def read_report(file: Path) -> Report:
-    """A saved report. Raises UserError where the file cannot be read, or is none that we can."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"Cannot read {file}: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{file} is not a text file; expected a report written by --output json."
-        ) from None
-    return load_report(text, str(file))
 
 
 def worst(statuses: Iterable[Status]) -> Status:

@@ -224,6 +224,8 @@ def _cases(
                     function=operator.function,
                     communicates=operator.communicates,
                     tensor_bytes={t.name: _bytes(t, setting) for t in tensors},
+                    tensor_dims={t.name: t.dims for t in tensors},
+                    tensor_sizes={t.name: t.sizes for t in tensors},
                 ),
                 risk,
             )

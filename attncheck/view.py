@@ -22,6 +22,7 @@ from attncheck.model import (
     BYPASSES_DISPATCHER,
     UNJUDGED,
     UNPLANNED,
+    Case,
     CaseResult,
     Finding,
     MissingOp,
@@ -275,7 +276,7 @@ class View:
 
 def build(report: Report) -> View:
     """Everything that a format needs of a report, for any report that `load_report` accepts."""
-    report = _clean_tree(report)
+    report = _shown(report)
     # What no case could be planned of has nothing to lay out; it is in `not_run`.
     planned = [r for r in report.cases if r.case.placement != UNPLANNED]
     placements = _placements(planned)
@@ -323,6 +324,10 @@ def clean(text: str) -> str:
     >>> clean("\\x1b[31mred\\x1b[0m\\r\\nnext\\x07")
     'red\\nnext'
     """
+    if text.isascii() and text.isprintable():
+        return text  # nearly all of a report
+    if text.isascii() and text.isprintable():
+        return text
     text = re.sub("\r\n?|[\x85\u2028\u2029]", "\n", text).expandtabs(4)
     return _CONTROLS.sub("", _ESCAPES.sub("", text))
 
@@ -377,37 +382,71 @@ def seconds(number: float) -> str:
     return f"{int(number) // 60} min {int(number) % 60} s"
 
 
-def _clean_tree(value: T) -> T:
+def _shown(report: Report) -> Report:
+    """The report, cleaned, with what a view shows of each case: the rest is nine tenths of its text."""
+    return clean_tree(dataclasses.replace(report, cases=tuple(map(_shown_case, report.cases))))
+
+
+def _shown_case(result: CaseResult) -> CaseResult:
+    case, outcome = result.case, result.outcome
+    name = {"name": case.setting["name"]} if "name" in case.setting else {}
+    return CaseResult(
+        Case(
+            id=case.id,
+            probe=case.probe,
+            operator=case.operator,
+            route=case.route,
+            setting=name,
+            mesh=case.mesh,
+            placement=case.placement,
+            placements={},
+            direction=case.direction,
+        ),
+        Outcome(
+            outcome.status,
+            outcome.message,
+            outcome.kernel_op,
+            outcome.reason,
+            outcome.exception_type,
+            missing_ops=outcome.missing_ops,
+            collectives=outcome.collectives,
+            spread=outcome.spread,
+            standins=outcome.standins,
+        ),
+        result.before,
+    )
+
+
+def clean_tree(value: T) -> T:
     """The same value with every string in it cleaned."""
-    cleaned: Any = value
-    if isinstance(value, str) and not isinstance(value, Enum):
-        cleaned = clean(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _clean_tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        cleaned = type(value)(**fields)
+    kind, cleaned = type(value), cast("Any", value)
+    if kind is str:
+        cleaned = clean(cleaned)
+    elif kind is tuple or kind is list:
+        cleaned = kind(map(clean_tree, cleaned))
     elif isinstance(value, Mapping):
-        cleaned = {_clean_tree(k): _clean_tree(v) for k, v in value.items()}
-    elif isinstance(value, (list, tuple)):
-        cleaned = type(value)(_clean_tree(v) for v in value)
+        cleaned = {clean_tree(k): clean_tree(v) for k, v in value.items()}
+    elif dataclasses.is_dataclass(value):
+        cleaned = kind(**{name: clean_tree(item) for name, item in vars(value).items()})
     return cast("T", cleaned)
 
 
 # --- who, where ----------------------------------------------------------------------------------
 
 
-def _who(result: CaseResult) -> str:
+def operator_name(result: CaseResult) -> str:
     """The operator as shown: with its route where that is not plain dispatch."""
     case = result.case
     name = one_line(case.operator, 80)
     return name if case.route == "dtensor" else f"{name} via {one_line(case.route, 40)}"
 
 
-def _setting(result: CaseResult) -> str:
+def setting_name(result: CaseResult) -> str:
     # A report from elsewhere may lack the name that our planner always gives.
     return one_line(str(result.case.setting.get("name", "(unnamed)")), 60)
 
 
-def _mesh(mesh: Mapping[str, Any]) -> str:
+def mesh_text(mesh: Mapping[str, Any]) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in mesh.items())
 
 
@@ -435,24 +474,26 @@ def _grouped(
 def _rows(
     results: Sequence[CaseResult], placements: Sequence[str], *, with_setting: bool
 ) -> tuple[Row, ...]:
-    several_meshes = len({_mesh(r.case.mesh) for r in results}) > 1
+    several_meshes = len({mesh_text(r.case.mesh) for r in results}) > 1
 
     def setting(result: CaseResult) -> str:
-        mesh = f" ({_mesh(result.case.mesh)})" if several_meshes else ""
-        return _setting(result) + mesh if with_setting else ""
+        mesh = f" ({mesh_text(result.case.mesh)})" if several_meshes else ""
+        return setting_name(result) + mesh if with_setting else ""
 
     # The plan orders cases by what is cheap to run; here an operator's rows stand together.
-    order = {who: i for i, who in enumerate(dict.fromkeys(map(_who, results)))}
+    order = {who: i for i, who in enumerate(dict.fromkeys(map(operator_name, results)))}
     settings = {s: i for i, s in enumerate(dict.fromkeys(map(setting, results)))}
-    rows = _grouped(results, lambda r: (_who(r), setting(r), one_line(r.case.direction, 20)))
+    rows = _grouped(
+        results, lambda r: (operator_name(r), setting(r), one_line(r.case.direction, 20))
+    )
     keys = sorted(rows, key=lambda k: (order[k[0]], settings[k[1]], k[2] != "forward", k[2]))
     return tuple(Row(*key, cells=_cells(rows[key], placements)) for key in keys)
 
 
 def _ran(results: Sequence[CaseResult]) -> Sequence[CaseResult]:
     """Without the operators of which nothing ran (they are in `not_run`), unless that is all of them."""
-    ran = {_who(r) for r in results if r.outcome.status is not Status.UNAVAILABLE}
-    return [r for r in results if _who(r) in ran] or results
+    ran = {operator_name(r) for r in results if r.outcome.status is not Status.UNAVAILABLE}
+    return [r for r in results if operator_name(r) in ran] or results
 
 
 def _merged(rows: Iterable[Row]) -> tuple[Row, ...]:
@@ -486,7 +527,7 @@ def _cell(results: Sequence[CaseResult]) -> Cell:
 def _works(results: Sequence[CaseResult], placement: str) -> Works:
     here = [r for r in results if one_line(r.case.placement, 60) == placement]
     found: dict[str, list[Usable]] = {"both": [], "forward": [], "part": []}
-    for who, own in _grouped(here, _who).items():
+    for who, own in _grouped(here, operator_name).items():
         kind, usable = _usability(who, own)
         if usable is not None:
             found[kind].append(usable)
@@ -496,7 +537,7 @@ def _works(results: Sequence[CaseResult], placement: str) -> Works:
 def _usability(who: str, results: Sequence[CaseResult]) -> tuple[str, Usable | None]:
     """Whether an operator's cases of one placement work in `both` directions, `forward`, `part`."""
     tried = [r for r in results if r.outcome.status is not Status.UNAVAILABLE]
-    settings = _grouped(tried, lambda r: (_setting(r), _mesh(r.case.mesh)))
+    settings = _grouped(tried, lambda r: (setting_name(r), mesh_text(r.case.mesh)))
     good = [cases for cases in settings.values() if _works_both(cases)]
     forward = [r for r in tried if r.case.direction == "forward"]
     share = f"{len(good)} of {count(len(settings), 'setting')}"
@@ -516,11 +557,11 @@ def _works_both(results: Sequence[CaseResult]) -> bool:
 
 def _usable(who: str, results: Sequence[CaseResult], share: str = "") -> Usable:
     costliest = max(results, key=lambda r: (sum(c.bytes for c in r.outcome.collectives), r.case.id))
-    cost = _cost(costliest.outcome)
+    cost = communication(costliest.outcome)
     return Usable(who, cost or "no communication", not cost, share)
 
 
-def _cost(outcome: Outcome) -> str:
+def communication(outcome: Outcome) -> str:
     """`3 all_gather, 1 all_reduce, 96 KiB a rank`; empty without communication."""
     counts: Counter[str] = Counter()
     for collective in outcome.collectives:
@@ -555,7 +596,7 @@ def _way_out(report: Report) -> tuple[str, ...]:
 
 
 def _nothing_ran(results: Sequence[CaseResult]) -> str:
-    reasons = Counter(_reason(result.outcome) for result in results)
+    reasons = Counter(why_not_run(result.outcome) for result in results)
     cases = count(len(results), "case")
     return f"Nothing ran: {cases} ({listing(reasons)}). Nothing can be concluded."
 
@@ -592,7 +633,8 @@ def _missing_list(results: Sequence[CaseResult]) -> tuple[Missing, ...]:
         for op in {one_line(op.op, 160) for op in _missing_ops(result.outcome)}:
             stopped[op].append(result)
     return tuple(
-        Missing(op, len(hit), tuple(dict.fromkeys(map(_who, hit)))) for op, hit in stopped.items()
+        Missing(op, len(hit), tuple(dict.fromkeys(map(operator_name, hit))))
+        for op, hit in stopped.items()
     )
 
 
@@ -645,7 +687,7 @@ def _problems(results: Sequence[CaseResult]) -> tuple[str, ...]:
     for what, holds in _BROKEN:
         hit = [r for r in results if holds(r.outcome)]
         if hit:
-            who = listing(dict.fromkeys(map(_who, hit)), 2)
+            who = listing(dict.fromkeys(map(operator_name, hit)), 2)
             others.append(f"{what} in {count(len(hit), 'case')} ({who})")
     if not missing and not others:
         return ("Every case that ran gave right results.",)
@@ -658,7 +700,9 @@ def _what_works(results: Sequence[CaseResult], works: Sequence[Works]) -> Iterab
     best = _placement_to_name(works)
     if best is None:
         return
-    operators = len({_who(r) for r in results if one_line(r.case.placement, 60) == best.placement})
+    operators = len(
+        {operator_name(r) for r in results if one_line(r.case.placement, 60) == best.placement}
+    )
     name = (
         f"{best.placement} sharded"
         if best.placement in ("heads", "batch", "sequence")
@@ -741,7 +785,7 @@ _OPERATORS, _PLACEMENTS = "Operators: ", "Placements affected: "
 def _where(finding: Finding, results: Sequence[CaseResult]) -> str:
     """`flash_attn_func; batch, heads; forward and backward; 12 cases`."""
     parts = [
-        listing(dict.fromkeys(map(_who, results)), 4),
+        listing(dict.fromkeys(map(operator_name, results)), 4),
         "" if _PLACEMENTS in finding.message else listing(_placements(results), 7),
         " and ".join(sorted({one_line(r.case.direction, 20) for r in results}, reverse=True)),
         count(len(finding.cases), "case"),
@@ -782,7 +826,7 @@ def _severities(findings: Iterable[Finding]) -> tuple[tuple[Severity, int], ...]
 # --- cases that did not run ----------------------------------------------------------------------
 
 
-def _reason(outcome: Outcome) -> str:
+def why_not_run(outcome: Outcome) -> str:
     if outcome.status is Status.UNKNOWN:
         return "the check itself failed"
     return REASONS[outcome.reason] if outcome.reason else "unavailable, no reason given"
@@ -798,9 +842,9 @@ def _detail(outcome: Outcome) -> str:
 
 def _not_run(results: Iterable[CaseResult]) -> tuple[NotRun, ...]:
     idle = [result for result in results if not result.outcome.status.ran]
-    groups = _grouped(idle, lambda r: (_reason(r.outcome), _detail(r.outcome)))
+    groups = _grouped(idle, lambda r: (why_not_run(r.outcome), _detail(r.outcome)))
     found = [
-        NotRun(len(own), reason, detail, tuple(dict.fromkeys(map(_who, own))))
+        NotRun(len(own), reason, detail, tuple(dict.fromkeys(map(operator_name, own))))
         for (reason, detail), own in groups.items()
     ]
     return tuple(sorted(found, key=lambda n: -n.count))
@@ -816,47 +860,47 @@ def _environment(report: Report) -> tuple[tuple[str, str], ...]:
     env = report.environment
     seen = dict.fromkeys(s for r in report.cases for s in r.outcome.standins)
     lines = [
-        ("attncheck", _show(env.get("attncheck"))),
+        ("attncheck", in_words(env.get("attncheck"))),
         ("packages", _packages(env.get("packages"))),
-        ("python", _show(env.get("python"))),
-        ("platform", _show(env.get("platform"))),
-        ("device", _show(env.get("device"))),
-        ("gpu", _show(env.get("gpu"))),
-        ("ranks", _show(env.get("ranks"))),
+        ("python", in_words(env.get("python"))),
+        ("platform", in_words(env.get("platform"))),
+        ("device", in_words(env.get("device"))),
+        ("gpu", in_words(env.get("gpu"))),
+        ("ranks", in_words(env.get("ranks"))),
         ("mesh", _meshes(env.get("mesh"))),
-        ("level", _show(env.get("level"))),
-        ("engine", _show(env.get("engine"))),
-        ("seed", _show(env.get("seed"))),
-        ("hash seeds", _show(env.get("hash_seeds"))),
-        ("stand-ins", _show(env.get("standins")) or ", ".join(seen)),
+        ("level", in_words(env.get("level"))),
+        ("engine", in_words(env.get("engine"))),
+        ("seed", in_words(env.get("seed"))),
+        ("hash seeds", in_words(env.get("hash_seeds"))),
+        ("stand-ins", in_words(env.get("standins")) or ", ".join(seen)),
         ("wall time", _show_number(env.get("wall_seconds"), seconds)),
         ("peak memory", _peak(env.get("peak_rss_mib"))),
-        ("command", _show(env.get("command"))),
+        ("command", in_words(env.get("command"))),
     ]
     return tuple((label, one_line(text, 1000)) for label, text in lines if text)
 
 
 def _packages(value: Any) -> str:
     if not isinstance(value, Mapping):
-        return _show(value)
+        return in_words(value)
     first = [name for name in _FIRST_PACKAGES if name in value]
     rest = sorted((name for name in value if name not in first), key=str)
-    return ", ".join(f"{name} {_show(value[name])}" for name in [*first, *rest])
+    return ", ".join(f"{name} {in_words(value[name])}" for name in [*first, *rest])
 
 
 def _meshes(value: Any) -> str:
     """`tp=2`; several are kept apart: `tp=2; dp=2, tp=2`."""
-    return "; ".join(map(_show, value)) if isinstance(value, (list, tuple)) else _show(value)
+    return "; ".join(map(in_words, value)) if isinstance(value, (list, tuple)) else in_words(value)
 
 
-def _show(value: Any) -> str:
+def in_words(value: Any) -> str:
     """Any JSON value in a few words; empty for nothing."""
     if value is None or value == "":
         return ""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}={_show(item)}" for key, item in value.items())
+        return ", ".join(f"{key}={in_words(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(_show(item) for item in value)
+        return ", ".join(in_words(item) for item in value)
     if isinstance(value, float):
         return f"{value:g}"
     return str(value)
@@ -864,13 +908,13 @@ def _show(value: Any) -> str:
 
 def _show_number(value: Any, show: Callable[[float], str]) -> str:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return show(value) if number and 0 <= value < 1e12 else _show(value)
+    return show(value) if number and 0 <= value < 1e12 else in_words(value)
 
 
 def _peak(value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(v, (int, float)) for v in value):
         return f"{max(value):.0f} MiB in the largest of {count(len(value), 'rank')}"
-    return _show(value)
+    return in_words(value)
 
 
 def _phases(env: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -897,7 +941,7 @@ def _fixes(value: Any) -> list[str]:
     """What became of the ops in each fix file: none of these results are those of torch alone."""
     out = []
     for file, ops in value.items() if isinstance(value, Mapping) else ():
-        became = Counter(map(_show, ops.values())) if isinstance(ops, Mapping) else Counter()
+        became = Counter(map(in_words, ops.values())) if isinstance(ops, Mapping) else Counter()
         counts = ", ".join(f"{number} {state}" for state, number in sorted(became.items()))
         out.append(f"With the fix {PurePath(str(file)).name} in place: {counts or 'nothing'}.")
     return out
@@ -905,14 +949,14 @@ def _fixes(value: Any) -> list[str]:
 
 def _texts(value: Any) -> list[str]:
     items = value if isinstance(value, (list, tuple)) else [value]
-    return [text for text in map(_show, items) if text]
+    return [text for text in map(in_words, items) if text]
 
 
 # --- how to go on --------------------------------------------------------------------------------
 
 
 def _exit_line(report: Report) -> str:
-    """The exit code of this scan and why, in words: what `cli.exit_code` decides."""
+    """The exit code of this scan and why, in words: what `commands.common.exit_code` decides."""
     # A check that failed says nothing of the operator: it makes a scan inconclusive, never failed.
     counts = dict(_severities(f for f in report.findings if f.rule not in UNJUDGED))
     errors, warnings = counts.get(Severity.ERROR, 0), counts.get(Severity.WARNING, 0)

@@ -19,7 +19,7 @@ from attncheck.commands.common import write
 def report(file: Path, format_: str, output: Path | None, verbose: bool) -> None:
     """Render a saved JSON report again, in another format. Runs nothing, needs no torch."""
     from attncheck import plugins
-    from attncheck.model import read_report
+    from attncheck.saved import read_report
 
     form = plugins.load_format(format_)
     write(read_report(file), [(form, output)], verbose)

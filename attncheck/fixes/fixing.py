@@ -14,12 +14,13 @@ from attncheck.errors import UserError, unknown
 from attncheck.fixes import emit, packages, synthesis, telling, verify
 from attncheck.fixes.notation import Signature
 from attncheck.fixes.verify import Evidence, Progress
-from attncheck.model import BYPASSES_DISPATCHER, CaseResult, Report, read_report
+from attncheck.model import BYPASSES_DISPATCHER, CaseResult, Report
 from attncheck.plan import Selection, matches
 from attncheck.probing import Operator
 from attncheck.rules import wording
 from attncheck.runner import scan
 from attncheck.runner.scan import ScanRequest
+from attncheck.saved import read_report
 
 # Ways to shard that held on some values and not on others, of which so many are told.
 TOLD = 5

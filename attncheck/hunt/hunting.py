@@ -19,7 +19,7 @@ from attncheck.hunt.finds import Find, Tally
 from attncheck.hunt.search import Over, Search
 from attncheck.hunt.servers import Groups
 from attncheck.hunt.strategy import NAME, Space, asking, templates
-from attncheck.model import CaseResult, Outcome, Report, read_report
+from attncheck.model import CaseResult, Outcome, Report
 from attncheck.plan import Selection, matches, placement_texts
 from attncheck.probing import Operator, Setting
 from attncheck.rules import wording
@@ -27,6 +27,7 @@ from attncheck.runner import launch
 from attncheck.runner import scan as scanning
 from attncheck.runner.launch import Interrupted
 from attncheck.runner.rundir import Asked, RunConfig
+from attncheck.saved import read_report
 
 ENGINES = ("processes", "simulated")
 # Fewest ranks first: what is drawn shrinks to the first.

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 
 import attncheck
 from attncheck.errors import UserError
-from attncheck.model import Report, Status, dump_report, load_report, to_json
+from attncheck.model import Report, Status, dump_report, to_json
+from attncheck.saved import load_report
 
 SCHEMA = Path(attncheck.__file__).parent / "schema" / "report.schema.json"
 few = settings(

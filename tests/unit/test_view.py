@@ -344,7 +344,7 @@ def test_a_scan_of_one_operator_keeps_what_brings_it(command: str, scan: str) ->
 def test_costs_add_up_over_kernel_ops() -> None:
     moved = tuple(Collective("all_gather", op, "forward", 2, 1024) for op in ("a", "b"))
     outcome = Outcome(Status.REDISTRIBUTED, collectives=moved)
-    assert view._cost(outcome) == "4 all_gather, 2 KiB a rank"
+    assert view.communication(outcome) == "4 all_gather, 2 KiB a rank"
 
 
 @pytest.mark.parametrize(

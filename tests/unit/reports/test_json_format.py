@@ -6,7 +6,8 @@ import pytest
 import sample_report
 
 from attncheck import plugins
-from attncheck.model import Report, load_report, to_json
+from attncheck.model import Report, to_json
+from attncheck.saved import load_report
 from attncheck.view import RenderOptions
 
 

@@ -36,10 +36,10 @@ from attncheck.model import (
     Status,
     case_id,
     dump_report,
-    load_report,
 )
 from attncheck.rules import remedies
 from attncheck.rules.base import empty_roles, uneven_roles
+from attncheck.saved import load_report
 
 SIZES = {
     "batch": 6,
