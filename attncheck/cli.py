@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from attncheck import __version__
-from attncheck.commands import catalogue, common, fix, hunt, reports, scan
+from attncheck.commands import catalogue, common, fix, gate, hunt, reports, scan
 from attncheck.errors import UserError
 
 
@@ -40,9 +40,13 @@ def main() -> None:
 
 for command in (
     scan.scan,
+    gate.gate,
+    gate.baseline,
     hunt.hunt,
     fix.fix,
     reports.report,
+    reports.diff,
+    reports.merge,
     catalogue.list_,
     catalogue.new,
     catalogue.env,

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from pathlib import PurePath
-from typing import Any, TypeVar, cast
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
+from attncheck import changes
+from attncheck.changes import ComparisonView
 from attncheck.model import (
     BYPASSES_DISPATCHER,
     UNJUDGED,
     UNPLANNED,
     Case,
     CaseResult,
+    Comparison,
     Finding,
     MissingOp,
     Outcome,
@@ -35,18 +36,27 @@ from attncheck.model import (
     worst,
 )
 from attncheck.probing import PATTERNS
+from attncheck.text import clean as clean
+from attncheck.text import clean_tree as clean_tree
+from attncheck.text import count as count
+from attncheck.text import listing as listing
+from attncheck.text import one_line as one_line
+from attncheck.text import seconds as seconds
+from attncheck.text import size as size
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """How to render. `width`: columns; `unicode`: False for an output that can print only ASCII."""
+    """How to render. `width`: columns; `unicode`: False for an output that can print only ASCII; `folder`: the
+    project, for formats that point at its lines; None for no project."""
 
     color: bool = False
     width: int = 100
     unicode: bool = True
     verbose: bool = False
+    folder: Path | None = None
 
 
 # --- statuses ------------------------------------------------------------------------------------
@@ -249,7 +259,8 @@ class Step:
 
 @dataclass(frozen=True)
 class View:
-    """`missing` is empty where the headline names them all; `changes` but where a fix was verified."""
+    """`missing` is empty where the headline names them all; `changes` but where a fix was verified;
+    `comparison` where the report was held against another."""
 
     headline: tuple[str, ...]
     changes: tuple[Change, ...]
@@ -268,10 +279,18 @@ class View:
     severities: tuple[tuple[Severity, int], ...]
     exit_line: str
     steps: tuple[Step, ...]
+    comparison: ComparisonView | None = None
 
     @property
     def findings(self) -> tuple[FindingView, ...]:
         return tuple(finding for group in self.groups for finding in group.findings)
+
+    @property
+    def regressions(self) -> tuple[FindingView, ...]:
+        """Of a comparison, the findings about cases that got worse."""
+        worse = self.comparison.regressed if self.comparison is not None else frozenset()
+        found = (f for f in self.findings if any((case, f.rule) in worse for case in f.cases))
+        return tuple(sorted(found, key=lambda finding: finding.severity.rank))
 
 
 def build(report: Report) -> View:
@@ -302,84 +321,8 @@ def build(report: Report) -> View:
         severities=_severities(report.findings),
         exit_line=_exit_line(report),
         steps=_steps(report, groups),
+        comparison=changes.build(report.comparison, report.cases) if report.comparison else None,
     )
-
-
-# --- text ----------------------------------------------------------------------------------------
-
-_ESCAPES = re.compile(
-    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC: window titles, links
-    r"|\x1b[P^_X][^\x1b]*\x1b\\"  # DCS, PM, APC, SOS
-    r"|[\x1b\x9b]\[?[0-?]*[ -/]*[@-~]"  # CSI and two-byte sequences
-)
-# C0 and C1 controls, marks that reorder text (a line can read as another), lone surrogates.
-_CONTROLS = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
-
-
-def clean(text: str) -> str:
-    """Text without escape sequences, control characters and bidi marks; newlines stay.
-
-    >>> clean("\\x1b[31mred\\x1b[0m\\r\\nnext\\x07")
-    'red\\nnext'
-    """
-    if text.isascii() and text.isprintable():
-        return text  # nearly all of a report
-    if text.isascii() and text.isprintable():
-        return text
-    text = re.sub("\r\n?|[\x85\u2028\u2029]", "\n", text).expandtabs(4)
-    return _CONTROLS.sub("", _ESCAPES.sub("", text))
-
-
-def one_line(text: str, limit: int = 400) -> str:
-    """Text on one line, cut to `limit` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
-def count(number: int, noun: str) -> str:
-    """
-    >>> count(1, "case"), count(1200, "case")
-    ('1 case', '1200 cases')
-    """
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def listing(names: Iterable[str], limit: int = 3) -> str:
-    """Names in their order, cut after `limit`.
-
-    >>> listing(["a", "b", "c"], 2)
-    'a, b and 1 more'
-    """
-    names = list(names)
-    if len(names) <= limit:
-        return ", ".join(names)
-    return f"{', '.join(names[:limit])} and {len(names) - limit} more"
-
-
-def size(number: float) -> str:
-    """
-    >>> size(512), size(98304)
-    ('512 B', '96 KiB')
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.4g} {unit}"
-        number /= 1024
-    return f"{number:.4g} GiB"
-
-
-def seconds(number: float) -> str:
-    """
-    >>> seconds(0.034), seconds(7.25), seconds(312)
-    ('34 ms', '7.2 s', '5 min 12 s')
-    """
-    if number < 1:
-        return f"{number * 1000:.0f} ms"
-    if number < 100:
-        return f"{number:.1f} s"
-    return f"{int(number) // 60} min {int(number) % 60} s"
 
 
 def _shown(report: Report) -> Report:
@@ -415,20 +358,6 @@ def _shown_case(result: CaseResult) -> CaseResult:
         ),
         result.before,
     )
-
-
-def clean_tree(value: T) -> T:
-    """The same value with every string in it cleaned."""
-    kind, cleaned = type(value), cast("Any", value)
-    if kind is str:
-        cleaned = clean(cleaned)
-    elif kind is tuple or kind is list:
-        cleaned = kind(map(clean_tree, cleaned))
-    elif isinstance(value, Mapping):
-        cleaned = {clean_tree(k): clean_tree(v) for k, v in value.items()}
-    elif dataclasses.is_dataclass(value):
-        cleaned = kind(**{name: clean_tree(item) for name, item in vars(value).items()})
-    return cast("T", cleaned)
 
 
 # --- who, where ----------------------------------------------------------------------------------
@@ -928,13 +857,46 @@ def _phases(env: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _notices(env: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a reader must know before trusting the rest: broken probes, fixes in place, restarts, notes."""
+    """What a reader must know before trusting the rest: broken probes, fixes in place, restarts, which part
+    of a scan it is, what is ignored, notes."""
     notices = [f"Probe not loaded: {text}" for text in _texts(env.get("probe_errors"))]
     notices += _fixes(env.get("fixes"))
     restarts = env.get("restarts")
     if isinstance(restarts, int) and restarts > 0:
         notices.append(f"Workers were restarted {count(restarts, 'time')}.")
+    notices += _shard(env.get("shard"))
+    notices += _ignored(env.get("ignored"))
     return tuple(one_line(notice, 1000) for notice in (*notices, *_texts(env.get("notes"))))
+
+
+def _shard(value: Any) -> list[str]:
+    if not isinstance(value, Mapping):
+        return []
+    index, of, planned = (in_words(value.get(key)) for key in ("index", "of", "planned"))
+    return [f"Shard {index} of {of} of a scan of {planned} cases: `attncheck merge` joins them."]
+
+
+def _ignored(value: Any) -> list[str]:
+    """What each waiver silenced, why, and until when; and which ones do nothing any more."""
+    records = value if isinstance(value, (list, tuple)) else ()
+    return [_waiver(record) for record in records if isinstance(record, Mapping)]
+
+
+_BESIDE_GLOBS = ("rule", "reason", "until", "state", "cases")
+
+
+def _waiver(record: Mapping[str, Any]) -> str:
+    """`Ignored until 2027-01-31: 12 cases of ATN101 (operator flash_attn*), vendor ticket 123`."""
+    said = {key: in_words(item) for key, item in record.items()}
+    globs = ", ".join(f"{key} {text}" for key, text in said.items() if key not in _BESIDE_GLOBS)
+    what = said.get("rule", "") + (f" ({globs})" if globs else "")
+    cases = f"{said.get('cases', '0')} case{'' if said.get('cases') == '1' else 's'}"
+    reason, until = said.get("reason", ""), said.get("until", "")
+    if said.get("state") == "expired":
+        return f"Ignored until {until}, and counts again: {cases} of {what}, {reason}"
+    if said.get("state") == "stale":
+        return f"Nothing is ignored by {what}, which no finding of this report meets: {reason}"
+    return f"Ignored{f' until {until}' if until else ''}: {cases} of {what}, {reason}"
 
 
 def _fixes(value: Any) -> list[str]:
@@ -962,23 +924,27 @@ def _exit_line(report: Report) -> str:
     errors, warnings = counts.get(Severity.ERROR, 0), counts.get(Severity.WARNING, 0)
     if errors:
         return f"{count(errors, 'error')}: exit code 1 with the default --fail-on error."
-    if not any(result.outcome.status.ran for result in report.cases):
+    inconclusive = _inconclusive(report)
+    if inconclusive and not any(result.outcome.status.ran for result in report.cases):
         return "Nothing ran, so the scan is inconclusive: exit code 3."
     found = f"No errors, {count(warnings, 'warning')}" if warnings else "No errors or warnings"
-    if _inconclusive(report.cases):
+    if inconclusive:
         return f"{found}, but too much did not run to call it clean: exit code 3."
     return f"{found}: exit code 0 with the default --fail-on error."
 
 
-def _inconclusive(results: Sequence[CaseResult]) -> bool:
-    statuses = [result.outcome.status for result in results]
-    return Status.UNKNOWN in statuses or 2 * sum(s.ran for s in statuses) < len(statuses)
+def _inconclusive(report: Report) -> bool:
+    statuses = [result.outcome.status for result in report.cases]
+    few = 2 * sum(s.ran for s in statuses) < len(statuses) and "shard" not in report.environment
+    return Status.UNKNOWN in statuses or few
 
 
 EXIT_CODES = "0 clean, 1 findings at or above --fail-on, 2 usage or internal error, 3 inconclusive"
 
 
 def _steps(report: Report, groups: Sequence[Group]) -> tuple[Step, ...]:
+    if report.comparison is not None:
+        return tuple(_steps_after(report.comparison))
     steps = []
     first = groups[0].findings[0] if groups else None
     if first is not None:
@@ -1013,6 +979,22 @@ def _steps(report: Report, groups: Sequence[Group]) -> tuple[Step, ...]:
         Step("attncheck scan ... --output json:report.json", "everything, for CI or other formats")
     )
     return tuple(steps)
+
+
+def _steps_after(comparison: Comparison) -> Iterable[Step]:
+    """What to do about a comparison."""
+    rules = (rule for c in comparison.changes if c.kind.regressed for rule in c.rules)
+    if rule := next(rules, ""):
+        yield Step(f"attncheck explain {one_line(rule, 40)}", "what the first one means")
+    if not comparison.verdict:
+        yield Step("attncheck diff ... -v", "every case, and the whole of the newer report")
+        return
+    yield Step("attncheck gate ... -v", "every case, and the whole report")
+    yield Step("attncheck gate ... --output html:report.html", "the same to click through")
+    if any(change.kind.regressed for change in comparison.changes):
+        yield Step("attncheck baseline write", "live with it: write it down as known")
+    if comparison.stale:
+        yield Step("attncheck baseline prune", "remove what is stale")
 
 
 # Options of a scan without which its operators are not there, or not on the same ranks.

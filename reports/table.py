@@ -8,7 +8,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from attncheck.model import Report, Severity, Status
+from attncheck.changes import ChangeGroup, ComparisonView, word
+from attncheck.model import ChangeKind, Report, Severity, Status
 from attncheck.view import (
     BOTH,
     EXIT_CODES,
@@ -42,6 +43,7 @@ CODE_LINES, CODE_WIDTH = 20, 400  # of a remedy's code, without -v
 DETAIL_LINES, DETAIL_WIDTH = 3, 320  # of a finding's message, without -v
 # Findings shown in full without -v; characters of their first remedy, and of how many others.
 FULL, REMEDY_WIDTH, OTHERS, OTHER_WIDTH = 12, 240, 2, 150
+GROUPS, OTHER_GROUPS = 12, 4  # of a comparison, without -v: cases that got worse, and others
 # What of the environment is shown without -v.
 BRIEF = ("attncheck", "packages", "python", "device", "mesh", "seed", "hash seeds", "stand-ins")
 CASES, CASES_VERBOSE = 1, 50
@@ -51,7 +53,7 @@ def render(report: Report, *, options: RenderOptions) -> str:
     """Text no wider than `options.width`, but for code and commands: they must survive a copy."""
     view = build(report)
     page = Page(options)
-    sections: tuple[Iterable[Line], ...] = (
+    whole: tuple[Iterable[Line], ...] = (
         page.headline(view),
         page.changes(view),
         page.missing(view),
@@ -63,6 +65,12 @@ def render(report: Report, *, options: RenderOptions) -> str:
         page.steps(view),
         page.summary(view),
     )
+    sections = whole
+    if view.comparison is not None:
+        # Who gates asks what changed; the whole report is there with -v.
+        compared = (page.comparison(view.comparison), page.regressions(view))
+        rest = whole if options.verbose else (page.steps(view),)
+        sections = (*compared, *rest, page.verdict(view.comparison))
     blocks = [lines for lines in map(list, sections) if lines]
     lines = [line for block in blocks for line in (*block, ())]
     show = _colored if options.color else _plain
@@ -106,6 +114,63 @@ class Page:
             yield from self.text("", sentence, "bold")
         for notice in view.notices:
             yield from self.text("! ", notice, "yellow")
+
+    def comparison(self, comparison: ComparisonView) -> Iterable[Line]:
+        yield from self.text("", comparison.headline, "bold")
+        if comparison.verdict:
+            yield from self.text(
+                "  ", f"Against {comparison.against}: {comparison.counted}.", "dim"
+            )
+        width = max((len(d.name) for d in comparison.environment), default=0)
+        for d in comparison.environment:
+            change = f"{d.before or 'not there'} -> {d.after or 'not there'}"
+            yield from self.text(f"  {d.name:<{width}}  ", change, "cyan")
+        for kind in dict.fromkeys(group.kind for group in comparison.groups):
+            own = [group for group in comparison.groups if group.kind is kind]
+            yield ()
+            allowed = kind.regressed and bool(comparison.verdict)
+            allowed = allowed and not any(group.gates for group in own)
+            yield from self.kind(kind, own, ", allowed" if allowed else "")
+        if comparison.stale:
+            yield ()
+            what = f"{comparison.stale} entries of the baseline are stale: fixed, or no longer run."
+            yield from self.text("", what, "dim")
+
+    def kind(self, kind: ChangeKind, groups: Sequence[ChangeGroup], note: str) -> Iterable[Line]:
+        """The cases of one kind: those that got worse in full, others in a few lines."""
+        total = count(sum(len(group.cases) for group in groups), "case")
+        color = "bold red" if any(group.gates for group in groups) else "bold"
+        yield ((f"{word(kind)} ", color), (f"({total}{note})", "dim"))
+        limit = len(groups) if self.options.verbose else GROUPS if kind.regressed else OTHER_GROUPS
+        for group in groups[:limit]:
+            yield from self.text(f"  {group.operator}  ", f"{group.change}; {group.extent}")
+            if group.detail:
+                yield from self.text("      ", group.detail)
+            if group.reason or group.until:
+                until = f" (until {group.until})" if group.until else ""
+                yield from self.text("      ", f"accepted: {group.reason}{until}")
+            if self.options.verbose:
+                for case in group.cases[:CASES_VERBOSE]:
+                    yield from self.text("      ", case, "dim")
+        if len(groups) > limit:
+            yield _more(len(groups) - limit, "groups", "  ", "with -v")
+
+    def regressions(self, view: View) -> Iterable[Line]:
+        if not view.regressions:
+            return
+        yield _heading("What to do", "the findings about what got worse")
+        shown: dict[str, str] = {}
+        for finding in view.regressions:
+            yield ()
+            yield from self.finding(finding, shown, self.options.verbose)
+            main = finding.first_remedy
+            if main is not None and finding.remedies[main].code and not self.options.verbose:
+                yield from self.code(finding.remedies[main].code, finding.rule, shown)
+
+    def verdict(self, comparison: ComparisonView) -> Iterable[Line]:
+        """The last line on the screen says it again."""
+        if comparison.verdict:
+            yield from self.text("", comparison.verdict, "bold")
 
     def changes(self, view: View) -> Iterable[Line]:
         if not view.changes:

@@ -136,7 +136,10 @@ def progress_line(quiet: bool) -> Any:
 
 
 def exit_code(report: Report, fail_on: str) -> int:
-    """0 clean, 1 findings at or above `fail_on`, 3 when too little ran to say either."""
+    """0 clean, 1 findings at or above `fail_on`, 3 when too little ran to say either.
+
+    How much of a shard ran is chance: that is for the joined report to say.
+    """
     from attncheck.model import UNJUDGED, Severity, Status
 
     if fail_on != "never":
@@ -144,7 +147,8 @@ def exit_code(report: Report, fail_on: str) -> int:
         if any(f.severity.rank <= limit for f in report.findings if f.rule not in UNJUDGED):
             return EXIT_FINDINGS
     ran = sum(1 for r in report.cases if r.outcome.status.ran)
-    if any(r.outcome.status is Status.UNKNOWN for r in report.cases) or 2 * ran < len(report.cases):
+    few = 2 * ran < len(report.cases) and "shard" not in report.environment
+    if few or any(r.outcome.status is Status.UNKNOWN for r in report.cases):
         return EXIT_INCONCLUSIVE
     return EXIT_CLEAN
 
@@ -164,6 +168,7 @@ def parse_outputs(texts: Sequence[str]) -> list[tuple[Any, Path | None]]:
 
 
 def write(report: Report, outputs: Sequence[tuple[Any, Path | None]], verbose: bool) -> None:
+    from attncheck.files import write_text
     from attncheck.view import RenderOptions
 
     for form, path in outputs:
@@ -174,13 +179,11 @@ def write(report: Report, outputs: Sequence[tuple[Any, Path | None]], verbose: b
             width=shutil.get_terminal_size((100, 24)).columns if path is None else 120,
             unicode=path is not None or "utf" in encoding,
             verbose=verbose,
+            folder=Path.cwd(),
         )
         text = form.render(report, options=options)
         if path is None:
             click.echo(text, nl=not text.endswith("\n"), color=options.color)
             continue
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"Cannot write {path}: {error.strerror}.") from None
+        write_text(path, text)
         log(f"wrote {path}")
