@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,8 +91,8 @@ def _entry(key: Key, rule: str, known: Known) -> dict[str, Any]:
 
 
 def _short(number: float) -> float:
-    """Three digits: more would only make lines differ."""
-    return float(f"{number:.3g}")
+    """Three digits: more would only make lines differ. (The largest floats would be rounded to infinity.)"""
+    return float(f"{min(number, 1e300):.3g}")
 
 
 def read(file: Path) -> Baseline:
@@ -165,8 +166,9 @@ def _parsed(entry: Any, place: str) -> tuple[Key, str, Known]:
             raise unknown(f"field in {place}:", str(name), _FIELDS)
     key = Key(*(_text(entry, name, place) for name in _KEY))
     status = _text(entry, "status", place)
-    if status not in {s.value for s in Status}:
-        raise unknown(f"status in {place}:", status, [s.value for s in Status])
+    known_statuses = [s.value for s in Status if s is not Status.UNKNOWN]  # which is no verdict
+    if status not in known_statuses:
+        raise unknown(f"status in {place}:", status, known_statuses)
     rule = _text(entry, "rule", place) if "rule" in entry else ""
     measured = None
     if "ratio" in entry:
@@ -188,16 +190,18 @@ def _parsed(entry: Any, place: str) -> tuple[Key, str, Known]:
 
 def _text(entry: Mapping[str, Any], name: str, place: str) -> str:
     value = entry.get(name)
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{place}: {name} must be a string that is not empty, found {value!r:.60}.")
+    if not isinstance(value, str):
+        raise UserError(f"{place}: {name} must be a string, found {value!r:.60}.")
     return value
 
 
 def _number(entry: Mapping[str, Any], name: str, place: str) -> float:
     value = entry.get(name)
-    # Beyond 2**63 nothing is a number of bytes or an error, and int() of it may not be one at all.
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**63:
-        return float(value)
+    # A larger int is no number of bytes, and may be more than a float can hold.
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
+        return value
+    if isinstance(value, float) and 0 <= value < math.inf:
+        return value
     raise UserError(f"{place}: {name} must be a number from 0 on, found {value!r:.60}.")
 
 

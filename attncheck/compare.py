@@ -38,6 +38,9 @@ TIMED = ("ATN302",)
 # Rules about what grows where the status stays: rounding, and unasked communication.
 ABOUT_DRIFT, ABOUT_COST = ("ATN203",), ("ATN301",)
 
+# Whose numbers can be compared: all of the call was done, and by and large well.
+RIGHT = (Status.SUPPORTED, Status.REDISTRIBUTED, Status.DRIFT)
+
 
 @dataclass(frozen=True, order=True)
 class Key:
@@ -152,17 +155,21 @@ def _measured(outcome: Outcome) -> Measured | None:
     finite = {
         name: stat
         for name, stat in outcome.errors.items()
-        if all(map(math.isfinite, (stat.max, stat.unsharded_max, stat.ratio)))
+        if all(0 <= number < math.inf for number in (stat.max, stat.unsharded_max, stat.ratio))
     }
     if not finite:
         return None
     # Where the case was repeated the median of its ratios says more than that of one seed.
     ratios = {name: stat.ratio for name, stat in finite.items()}
-    spreads = {name: s for name, s in outcome.spread.items() if name in finite and s.repeats > 1}
+    spreads = {
+        name: spread
+        for name, spread in outcome.spread.items()
+        if name in finite and spread.repeats > 1 and 0 < spread.ratio_median <= spread.ratio_max
+    }
     ratios |= {name: spread.ratio_median for name, spread in spreads.items()}
     worst = max(ratios, key=lambda name: (ratios[name], name))
     spread = spreads.get(worst)
-    noise = spread.ratio_max / spread.ratio_median if spread and spread.ratio_median > 0 else 0.0
+    noise = min(spread.ratio_max / spread.ratio_median, 1e6) if spread else 0.0
     stat = finite[worst]
     return Measured(stat.max, stat.unsharded_max, ratios[worst], noise)
 
@@ -245,7 +252,8 @@ def _kind(old: Known | None, new: Known | None, expired: Mapping[str, str]) -> J
         detail = "no case of that name was planned"
         return (ChangeKind.NOT_RUN if old.status.ran else ChangeKind.UNCHANGED), old.rules, detail
     if new.status is Status.UNKNOWN:
-        return ChangeKind.NOT_RUN, (), "the check itself failed"
+        same = old is not None and old.status is Status.UNKNOWN
+        return (ChangeKind.UNCHANGED if same else ChangeKind.NOT_RUN), (), "the check itself failed"
     if old is None or not old.status.ran:
         return _first_seen(old, new)
     if not new.status.ran:
@@ -276,7 +284,7 @@ def _first_seen(old: Known | None, new: Known) -> Judged:
 def _same_status(old: Known, new: Known) -> Judged:
     if gained := set(new.rules) - set(old.rules):
         return ChangeKind.NEW, gained, ""
-    if old.status.usable or old.status is Status.DRIFT:
+    if old.status in RIGHT:
         if drifted(old.measured, new.measured):
             return ChangeKind.DRIFTED, {*new.rules} & {*ABOUT_DRIFT}, _numbers(old, new)
         if new.bytes > old.bytes:
@@ -301,7 +309,7 @@ def drifted(old: Measured | None, new: Measured | None) -> bool:
 
 def _numbers(old: Known, new: Known) -> str:
     parts = []
-    if old.bytes != new.bytes:
+    if old.bytes != new.bytes and old.status in RIGHT and new.status in RIGHT:
         times = f" ({new.bytes / old.bytes:.3g} times)" if old.bytes and new.bytes else ""
         parts.append(f"{old.bytes} -> {new.bytes} bytes a rank{times}")
     if drifted(old.measured, new.measured):
