@@ -31,7 +31,7 @@ _FIELDS = (
     "error",
     "unsharded",
     "ratio",
-    "noise",
+    "repeats",
     "bytes",
     "reason",
     "until",
@@ -40,10 +40,12 @@ _FIELDS = (
 
 @dataclass(frozen=True)
 class Baseline:
-    """`known`: the cases; `environment`: what they were run in, by name (see `compare.facts`)."""
+    """`known`: the cases; `environment`: what they were run in, by name (see `compare.facts`); `seed`: that
+    of their values, with which they are run again."""
 
     known: Mapping[Key, Known]
     environment: Mapping[str, str] = field(default_factory=dict)
+    seed: int | None = None
 
     @property
     def entries(self) -> int:
@@ -65,7 +67,9 @@ def dump(baseline: Baseline) -> str:
     head = "\n ".join(head.split("\n"))
     body = ",\n".join(line for _, line in lines)
     entries = f"[\n{body}\n]" if body else "[]"
-    return f'{{\n "schema_version": {SCHEMA_VERSION},\n "environment": {head},\n "entries": {entries}\n}}\n'
+    seed = f'\n "seed": {baseline.seed},' if baseline.seed is not None else ""
+    schema = f'"schema_version": {SCHEMA_VERSION}'
+    return f'{{\n {schema},\n "environment": {head},{seed}\n "entries": {entries}\n}}\n'
 
 
 def _entry(key: Key, rule: str, known: Known) -> dict[str, Any]:
@@ -78,8 +82,8 @@ def _entry(key: Key, rule: str, known: Known) -> dict[str, Any]:
         entry["error"] = _short(measured.error)
         entry["unsharded"] = _short(measured.unsharded)
         entry["ratio"] = _short(measured.ratio)
-        if measured.noise:
-            entry["noise"] = _short(measured.noise)
+        if measured.repeats > 1:
+            entry["repeats"] = measured.repeats
     if known.bytes:
         entry["bytes"] = known.bytes
     accepted = known.accepted.get(rule, Accepted())
@@ -133,7 +137,8 @@ def load(text: str, where: str = "baseline") -> Baseline:
         raise UserError(f"{where}: environment must be an object of strings.")
     if not isinstance(entries, list):
         raise UserError(f"{where}: entries must be a list.")
-    return Baseline(_known(entries, where), environment)
+    seed = int(_number(document, "seed", where)) if "seed" in document else None
+    return Baseline(_known(entries, where), environment, seed)
 
 
 def _known(entries: Iterable[Any], where: str) -> dict[Key, Known]:
@@ -175,8 +180,8 @@ def _parsed(entry: Any, place: str) -> tuple[Key, str, Known]:
         error, unsharded, ratio = (
             _number(entry, n, place) for n in ("error", "unsharded", "ratio")
         )
-        noise = _number(entry, "noise", place) if "noise" in entry else 0.0
-        measured = Measured(error, unsharded, ratio, noise)
+        repeats = int(_number(entry, "repeats", place)) if "repeats" in entry else 1
+        measured = Measured(error, unsharded, ratio, repeats)
     accepted = _accepted(entry, place)
     known = Known(
         status=Status(status),
@@ -258,7 +263,12 @@ def updated(old: Baseline, report: Report) -> Rewritten:
             changed += before is not None
             known[key] = _keeping(before, new)
     beside = {key: one for key, one in old.known.items() if key not in found}
-    baseline = Baseline({**known, **beside}, compare.facts(report.environment))
+    seed = report.environment.get("seed")
+    baseline = Baseline(
+        {**known, **beside},
+        compare.facts(report.environment),
+        seed if isinstance(seed, int) and 0 <= seed < 2**63 else None,
+    )
     return Rewritten(baseline, added, changed, kept=len(beside), left_out=left_out)
 
 
@@ -299,7 +309,7 @@ def pruned(old: Baseline, report: Report) -> Rewritten:
         else:
             known[key] = _keeping(None, found[key])
     removed = sum(map(len, gone.values()))
-    return Rewritten(Baseline(known, old.environment), removed=removed)
+    return Rewritten(replace(old, known=known), removed=removed)
 
 
 # --- the gate ------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Reading saved reports.
 
 A default scan makes a report of 6 MB, `attncheck diff` reads two of them and is to answer at once. So msgspec
-decodes and checks in C what `attncheck.model` describes. The decoder of `model`, which takes ten times as long and
-names the place of whatever is not as expected, stays the authority: what msgspec refuses is read again by it.
+decodes and checks in C what `attncheck.model` describes. The decoder of `model`, which takes ten times as
+long and names the place of whatever is not as expected, stays the authority: what msgspec refuses is read
+again by it.
 """
 
 from __future__ import annotations

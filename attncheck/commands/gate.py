@@ -75,7 +75,7 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
     outputs = parse_outputs(options["output"] or ("table",))
     file = _file(options)
     known = _selected(baselines.read(file), given)
-    report = _report(options, given, ctx)
+    report = _report(options, given, known, ctx)
     comparison = baselines.gate(known, report, policy, datetime.date.today(), str(file))
     write(dataclasses.replace(report, comparison=comparison), outputs, options["verbose"])
     ctx.exit(comparison.exit_code)
@@ -110,8 +110,13 @@ def _file(options: dict[str, Any]) -> Path:
     return Path(options["baseline"] or DEFAULT_FILE)
 
 
-def _report(options: dict[str, Any], given: dict[str, Any], ctx: click.Context) -> Report:
-    """A saved report, or that of a scan, less what is ignored by configuration."""
+def _report(
+    options: dict[str, Any], given: dict[str, Any], known: Baseline, ctx: click.Context
+) -> Report:
+    """A saved report, or that of a scan, less what is ignored by configuration.
+
+    The scan takes the values of the baseline, so that numbers differ by what was changed alone.
+    """
     from attncheck import saved, waivers
 
     if options["from"] is not None:
@@ -125,7 +130,8 @@ def _report(options: dict[str, Any], given: dict[str, Any], ctx: click.Context) 
                 )
         report = saved.read_report(options["from"])
     else:
-        report = guarded(lambda: run_scan(options), options["verbose"], ctx)
+        seed = options["seed"] if options["seed"] is not None else known.seed
+        report = guarded(lambda: run_scan({**options, "seed": seed}), options["verbose"], ctx)
     return waivers.apply(report, options["waivers"], datetime.date.today())
 
 
@@ -173,7 +179,7 @@ def write_baseline(ctx: click.Context, /, **given: Any) -> None:
     file = _file(options)
     old = baselines.read(file) if file.exists() else baselines.Baseline({})
     _check_writable(file)
-    report = _report(options, given, ctx)
+    report = _report(options, given, old, ctx)
     rewritten = baselines.updated(old, report)
     _put(file, rewritten)
     log(
@@ -201,7 +207,7 @@ def prune(ctx: click.Context, /, **given: Any) -> None:
     old = baselines.read(file)
     _check_writable(file)
     beside = {key: one for key, one in old.known.items() if key not in _selected(old, given).known}
-    rewritten = baselines.pruned(_selected(old, given), _report(options, given, ctx))
+    rewritten = baselines.pruned(_selected(old, given), _report(options, given, old, ctx))
     pruned = rewritten.baseline
     rewritten = dataclasses.replace(
         rewritten, baseline=dataclasses.replace(pruned, known={**beside, **pruned.known})
