@@ -328,7 +328,8 @@ def gate(
     found = compare.recall(report)
     changes = compare.compare(baseline.known, found, policy, today)
     old = len(list(compare.stale(baseline.known, found)))
-    shown = tuple(c for c in changes if c.kind is not ChangeKind.UNCHANGED)
+    # Also of what did not change a report shows why it is accepted.
+    shown = tuple(c for c in changes if c.kind is not ChangeKind.UNCHANGED or c.reason or c.until)
     comparison = Comparison(
         against=against,
         environment=compare.differences(baseline.environment, compare.facts(report.environment)),

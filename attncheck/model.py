@@ -427,8 +427,9 @@ class Difference:
 @dataclass(frozen=True)
 class Comparison:
     """A report held against a baseline or an older report. `against` names it; `changes` are all cases but
-    the unchanged ones, in the order of `ChangeKind`; `stale` counts entries of a baseline that were fixed
-    or are no longer run; `verdict` says in words what a gate decides (`exit_code`), empty for a mere diff."""
+    the `unchanged` ones of which nobody wrote anything, in the order of `ChangeKind`; `stale` counts entries
+    of a baseline that were fixed or are no longer run; `verdict` says in words what a gate decides
+    (`exit_code`), empty for a mere diff."""
 
     against: str
     environment: tuple[Difference, ...] = ()

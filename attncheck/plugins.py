@@ -238,6 +238,11 @@ class Format:
         render: Render = _load_format_file(self.path).render
         return render(report, options=options)
 
+    def step_summary(self, report: Report, *, options: Any) -> str | None:
+        """What the format says in the summary of a CI step, in Markdown; None for most: they have none."""
+        summary: Render | None = getattr(_load_format_file(self.path), "step_summary", None)
+        return summary(report, options=options) if summary is not None else None
+
 
 def formats(extra: Iterable[Path] = ()) -> dict[str, Format]:
     """The formats by name (the stem of the file), without running any of their code.

@@ -70,6 +70,8 @@ def load_report(text: str, where: str = "report") -> Report:
         raise UserError(f"{where} is not JSON: {error}.") from None
     if not isinstance(document, dict) or "schema_version" not in document:
         raise UserError(f"{where} is not an attncheck report: it has no schema_version.")
+    if "entries" in document and "cases" not in document:
+        raise UserError(f"{where} is a baseline; expected a report written by --output json.")
     version = document["schema_version"]
     if version != SCHEMA_VERSION:
         raise UserError(

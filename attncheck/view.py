@@ -49,8 +49,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """How to render. `width`: columns; `unicode`: False for an output that can print only ASCII; `folder`: the
-    project, for formats that point at its lines; None for no project."""
+    """How to render. `width`: columns; `unicode`: False for an output that can print only ASCII; `folder`:
+    the project, for formats that point at its lines; None for no project."""
 
     color: bool = False
     width: int = 100

@@ -1,18 +1,15 @@
 """The report for an issue tracker: the answer and the environment first, cases folded away.
 
-Everything that comes from outside goes through `prose`, `code` or `block`, so that a case id or a
-message can neither break a table nor notify somebody. Written for GitHub's Markdown.
+Everything that comes from outside goes through `attncheck.markup`. Written for GitHub's Markdown; unless
+everything is asked for, it fits into an issue.
 """
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tabulate import tabulate
-
+from attncheck.markup import ISSUE_LENGTH, block, code, details, prose, table
 from attncheck.model import Report, Severity
 from attncheck.view import (
     EXIT_CODES,
@@ -28,131 +25,105 @@ from attncheck.view import (
     build,
     count,
     listing,
+    one_line,
 )
 
 NAME = "markdown"
 SUMMARY = "for an issue: headline, environment, findings, matrix; cases folded away"
 
-MATRIX_ROWS = 150
 CODE_LENGTH = 8000
-
-# What means something to Markdown anywhere in a line; an underscore does not inside of a word.
-_SPECIAL = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-_PLAIN_CODE = re.compile(r"[\w .,:;=+()\[\]/'@*#?!&^%~-]+", re.ASCII)
-_SPAN = re.compile(r"(?<!`)`([\w.:()\[\]=,-]+)`(?!`)", re.ASCII)
-_ZERO_WIDTH_SPACE = "&#8203;"
-
-
-# GitHub refuses an issue of more than 65,536 characters.
-ISSUE_LENGTH = 65_000
+LEFT_OUT = "The rest is left out: an issue would not hold it (all in --output json)."
 
 
 @dataclass(frozen=True)
 class Detail:
-    """How much of each finding is shown."""
+    """How much is shown: of each finding its `cases`, `remedies` and `lines` of details, of the matrices
+    `settings` and `rows` (the second of operators alone), in a cell of what works its `names`, of an
+    environment entry its `words` (characters), and how many `findings`."""
 
     cases: int
     remedies: int
+    lines: int = 100
+    settings: int = 150
+    rows: int = 200
+    names: int = 100
+    words: int = 2000
+    findings: int = 500
 
 
-VERBOSE = Detail(500, 500)
+EVERYTHING = 10**9
+VERBOSE = Detail(500, 500, settings=EVERYTHING, rows=EVERYTHING, findings=EVERYTHING)
 # From generous to terse; a report takes the first with which it fits into an issue.
-DETAILS = (Detail(30, 20), Detail(10, 4), Detail(5, 2), Detail(2, 1), Detail(0, 0))
+DETAILS = (
+    Detail(30, 20),
+    Detail(10, 4, words=1000),
+    Detail(5, 2, settings=0, words=600),
+    Detail(2, 1, settings=0, rows=60, names=8, words=400),
+    Detail(1, 1, lines=2, settings=0, rows=40, names=4, words=300, findings=100),
+    Detail(0, 0, lines=1, settings=0, rows=20, names=2, words=200, findings=60),
+    Detail(0, 0, lines=0, settings=0, rows=10, names=1, words=100, findings=30),
+)
 
 
 def render(report: Report, *, options: RenderOptions) -> str:
     """Markdown. `options.width` and `options.color` mean nothing to it."""
     view = build(report)
     if options.verbose:
-        return _render(view, options, VERBOSE)
-    text = ""
+        return _text(_parts(view, options, VERBOSE), options)
     for detail in DETAILS:
-        text = _render(view, options, detail)
+        parts = _parts(view, options, detail)
+        text = _text(parts, options)
         if len(text) <= ISSUE_LENGTH:
+            return text
+    return _text(_that_fit(parts, options), options)
+
+
+def _that_fit(parts: Sequence[str], options: RenderOptions) -> list[str]:
+    """The first parts of a report that is too long however little is shown of each."""
+    kept: list[str] = []
+    left = ISSUE_LENGTH - len(LEFT_OUT) - 3
+    for part in parts:
+        left -= len(_text([part], options)) + 1
+        if left < 0:
             break
-    return text
+        kept.append(part)
+    return [*kept, LEFT_OUT]
 
 
-def _render(view: View, options: RenderOptions, detail: Detail) -> str:
+def _parts(view: View, options: RenderOptions, detail: Detail) -> list[str]:
     sections: tuple[Iterable[str], ...] = (
-        _headline(view),
+        _headline(view, detail),
         _changes(view, detail),
-        _missing(view),
-        _environment(view),
+        _missing(view, detail),
+        _environment(view, detail),
         _findings(view, detail),
-        _works(view),
-        _matrix(view, options),
-        _not_run(view),
+        _works(view, detail),
+        _matrix(view, options, detail),
+        _not_run(view, detail),
         _summary(view),
     )
-    text = "\n\n".join(part for section in sections for part in section) + "\n"
+    return [part for section in sections for part in section]
+
+
+def _text(parts: Iterable[str], options: RenderOptions) -> str:
+    text = "\n\n".join(parts) + "\n"
     return text if options.unicode else text.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
-# --- escaping ------------------------------------------------------------------------------------
-
-
-def prose(text: str) -> str:
-    """Foreign text on one line that Markdown shows as it is, in a paragraph or in a table.
-
-    Single words in backticks, as our own rules write names, stay in code font.
-    """
-    parts = _SPAN.split(" ".join(text.split()))
-    # The odd parts are what stood between two lone backticks.
-    out = "".join(_escape(p) if i % 2 == 0 else f"`{p}`" for i, p in enumerate(parts))
-    # What begins a list, a heading or a rule at the start of a line.
-    return re.sub(r"^([#+=-]|\d+(?=[.)]\s))", _escape_start, out)
-
-
-def _escape(text: str) -> str:
-    return _mute(_SPECIAL.sub(r"\\\g<0>", html.escape(text, quote=False)))
-
-
-def _escape_start(match: re.Match[str]) -> str:
-    # Only punctuation can be escaped: a number makes no list where something precedes it.
-    return f"&#8203;{match[0]}" if match[0][0].isdigit() else f"\\{match[0]}"
-
-
-def _mute(escaped: str) -> str:
-    # GitHub looks for @name and #123 after resolving entities: only a character between helps.
-    escaped = re.sub(r"@(?=\w)", f"@{_ZERO_WIDTH_SPACE}", escaped)
-    return re.sub(r"(?<!&)#(?=\d)", f"#{_ZERO_WIDTH_SPACE}", escaped)
-
-
-def code(text: str) -> str:
-    """A name in code font: a code span where that is safe, else escaped HTML."""
-    text = " ".join(text.split())
-    if not text:
-        return ""
-    return f"`{text}`" if _PLAIN_CODE.fullmatch(text) else f"<code>{_escape(text)}</code>"
-
-
-def block(text: str, language: str = "") -> str:
-    """A fenced block, behind a fence longer than any in the text."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def details(summary: str, body: str) -> str:
-    """A fold. Its first line is HTML, not Markdown; the blank lines let Markdown read the body."""
-    text = _mute(html.escape(" ".join(summary.split()), quote=False))
-    return f"<details><summary>{text}</summary>\n\n{body}\n\n</details>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return tabulate(list(rows), header, tablefmt="github", disable_numparse=True)
+def _more(number: int, noun: str) -> list[str]:
+    return [f"and {count(number, noun)} more (all in --output json)"] if number > 0 else []
 
 
 # --- sections ------------------------------------------------------------------------------------
 
 
-def _headline(view: View) -> Iterable[str]:
+def _headline(view: View, detail: Detail) -> Iterable[str]:
     yield "# attncheck report"
     yield "\n".join(f"**{prose(sentence)}**" for sentence in view.headline[:1])
     rest = [*view.headline[1:], *(f"Note: {notice}" for notice in view.notices)]
-    for sentence in rest:
-        yield prose(sentence)
+    for sentence in rest[: detail.rows]:
+        yield prose(one_line(sentence, detail.words))
+    yield from _more(len(rest) - detail.rows, "note")
 
 
 def _changes(view: View, detail: Detail) -> Iterable[str]:
@@ -160,7 +131,7 @@ def _changes(view: View, detail: Detail) -> Iterable[str]:
         return
     yield "## Before and after"
     yield "What each case was without the fix, and is with it."
-    yield _table(
+    yield table(
         ("before", "after", "cases"),
         (
             (prose(change.before), prose(STYLES[change.after].word), str(len(change.cases)))
@@ -177,12 +148,14 @@ def _changes(view: View, detail: Detail) -> Iterable[str]:
         yield details(title, block("\n".join(lines), "text"))
 
 
-def _missing(view: View) -> Iterable[str]:
+def _missing(view: View, detail: Detail) -> Iterable[str]:
     if not view.missing:
         return
     yield "## Missing"
-    rows = ((code(m.op), str(m.cases), prose(listing(m.operators, 3))) for m in view.missing)
-    yield _table(("kernel op without a sharding strategy", "cases", "operators"), rows)
+    shown = view.missing[: detail.rows]
+    rows = ((code(m.op), str(m.cases), prose(listing(m.operators, 3))) for m in shown)
+    yield table(("kernel op without a sharding strategy", "cases", "operators"), rows)
+    yield from _more(len(view.missing) - len(shown), "op")
 
 
 def _findings(view: View, detail: Detail) -> Iterable[str]:
@@ -194,17 +167,22 @@ def _findings(view: View, detail: Detail) -> Iterable[str]:
         for severity, n in view.severities
     )
     yield f"## Findings ({counts})"
+    left = detail.findings
     for group in view.groups:
+        if left <= 0:
+            break
         yield f"### {code(group.kernel_op) or group.title}"
-        for finding in group.findings:
+        for finding in group.findings[:left]:
             yield from _finding(finding, detail, shown)
+        left -= len(group.findings)
+    yield from _more(len(view.findings) - detail.findings, "finding")
 
 
 def _finding(finding: FindingView, detail: Detail, shown: set[str]) -> Iterable[str]:
     yield f"#### {finding.severity.value} {prose(finding.rule)}: {prose(finding.title)}"
     yield f"Where: {prose(finding.where)}"
-    if finding.details and detail.cases:
-        yield "\n".join(f"> {prose(line)}  " for line in finding.details).rstrip()
+    if lines := finding.details[: detail.lines]:
+        yield "\n".join(f"> {prose(one_line(line, detail.words))}  " for line in lines).rstrip()
     ordered = sorted(enumerate(finding.remedies), key=lambda r: r[0] != finding.first_remedy)
     for i, remedy in ordered[: detail.remedies]:
         yield from _remedy(remedy, shown, first=i == finding.first_remedy)
@@ -243,17 +221,24 @@ def _cases(finding: FindingView, detail: Detail) -> str:
     return details(summary, block("\n".join(lines), "text"))
 
 
-def _works(view: View) -> Iterable[str]:
+def _works(view: View, detail: Detail) -> Iterable[str]:
     if not view.works:
         return
     yield "## What works"
     header = ("placement", "forward and backward", "forward only", "in part")
-    yield _table(header, (_works_row(works) for works in view.works))
+    shown = view.works[: detail.rows]
+    yield table(header, (_works_row(works, detail.names) for works in shown))
+    yield from _more(len(view.works) - len(shown), "placement")
 
 
-def _works_row(works: Works) -> tuple[str, ...]:
+def _works_row(works: Works, names: int) -> tuple[str, ...]:
     kinds = (works.both, works.forward, works.part)
-    return (code(works.placement), *("<br>".join(map(_usable, kind)) or "-" for kind in kinds))
+    return (code(works.placement), *(_usables(kind, names) for kind in kinds))
+
+
+def _usables(kind: Sequence[Usable], names: int) -> str:
+    more = [f"and {len(kind) - names} more"] if len(kind) > names else []
+    return "<br>".join([*map(_usable, kind[:names]), *more]) or "-"
 
 
 def _usable(usable: Usable) -> str:
@@ -261,16 +246,17 @@ def _usable(usable: Usable) -> str:
     return f"{code(usable.operator)} ({prose(notes)})"
 
 
-def _matrix(view: View, options: RenderOptions) -> Iterable[str]:
+def _matrix(view: View, options: RenderOptions, detail: Detail) -> Iterable[str]:
     if not view.compact:
         return
     yield "## Operators by placement"
     yield "Worst status, and how many cases are right."
-    yield _grid(view.compact, view.placements, options)
+    yield _grid(view.compact[: detail.rows], view.placements, options)
+    yield from _more(len(view.compact) - detail.rows, "row")
     styles = [STYLES[status] for status in view.legend]
     legend = (f"{s.mark(options.unicode)} {s.word} ({s.meaning})" for s in styles)
     yield prose(" / ".join(legend))
-    if len(view.rows) <= MATRIX_ROWS or options.verbose:
+    if len(view.rows) <= detail.settings:
         yield details("every setting", _grid(view.rows, view.placements, options))
     else:
         yield f"Every setting on its own: {len(view.rows)} rows, left out (all in --output json)."
@@ -279,7 +265,7 @@ def _matrix(view: View, options: RenderOptions) -> Iterable[str]:
 def _grid(rows: Sequence[Row], placements: Sequence[str], options: RenderOptions) -> str:
     with_setting = any(row.setting for row in rows)
     labels = ["operator", "setting", "direction"] if with_setting else ["operator", "direction"]
-    return _table(
+    return table(
         [*labels, *map(code, placements)],
         (
             [
@@ -302,24 +288,30 @@ def _cell(cell: Cell | None, options: RenderOptions) -> str:
     return text if cell.total <= 1 else f"{text} {cell.ok}/{cell.total}"
 
 
-def _not_run(view: View) -> Iterable[str]:
+def _not_run(view: View, detail: Detail) -> Iterable[str]:
     if not view.not_run:
         return
     yield f"## Did not run ({count(sum(entry.count for entry in view.not_run), 'case')})"
     rows = (
-        (str(e.count), prose(listing(e.operators, 5)), prose(e.reason), prose(e.detail))
-        for e in view.not_run
+        (
+            str(e.count),
+            prose(listing(e.operators, 5)),
+            prose(e.reason),
+            prose(one_line(e.detail, detail.words)),
+        )
+        for e in view.not_run[: detail.rows]
     )
-    yield _table(("cases", "operators", "reason", "detail"), rows)
+    yield table(("cases", "operators", "reason", "detail"), rows)
+    yield from _more(len(view.not_run) - detail.rows, "reason")
 
 
-def _environment(view: View) -> Iterable[str]:
-    pairs = list(view.environment)
+def _environment(view: View, detail: Detail) -> Iterable[str]:
+    pairs = [(label, one_line(text, detail.words)) for label, text in view.environment]
     if view.phases:
         pairs.append(("phases", ", ".join(f"{name} {time}" for name, time in view.phases)))
     if pairs:
         yield "## Environment"
-        yield _table(("", ""), ((label, prose(text)) for label, text in pairs))
+        yield table(("", ""), ((label, prose(text)) for label, text in pairs))
 
 
 def _summary(view: View) -> Iterable[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from attncheck.commands.common import log, many, merged
+from attncheck.errors import UserError
 
 
 @click.command("list")
@@ -66,13 +67,14 @@ def env() -> None:
 
 
 @click.command()
-@click.argument("rule")
-def explain(rule: str) -> None:
+@click.argument("rule", required=False)
+@click.option("--all", "all_", is_flag=True, help="Every rule, as one Markdown page.")
+def explain(rule: str | None, all_: bool) -> None:
     """Explain a rule: what it does, why it matters, an example, what to do."""
     from attncheck import rules
+    from attncheck.rules import page
 
-    found = rules.find(rule)
-    click.echo(
-        f"# {found.id} {found.name}\n\nSeverity: {found.severity.value}. Since {found.since}.\n"
-    )
-    click.echo(found.docs.strip())
+    if all_ == (rule is not None):
+        raise UserError("Expected the id or the name of one rule (ATN101), or --all.")
+    text = page.catalogue(rules.RULES) if rule is None else page.explained(rules.find(rule))
+    click.echo(text, nl=False)

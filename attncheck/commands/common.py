@@ -187,3 +187,17 @@ def write(report: Report, outputs: Sequence[tuple[Any, Path | None]], verbose: b
             continue
         write_text(path, text)
         log(f"wrote {path}")
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        options = RenderOptions(folder=Path.cwd())
+        for form in dict.fromkeys(form for form, _ in outputs):
+            if (text := form.step_summary(report, options=options)) is not None:
+                _append(Path(summary), text)
+
+
+def _append(file: Path, text: str) -> None:
+    """To the summary of a CI step, which others may write to as well. Without it the verdict still counts."""
+    try:
+        with file.open("a", encoding="utf-8") as summary:
+            summary.write(text)
+    except OSError as error:
+        log(f"cannot write the step summary {file}: {error.strerror}")

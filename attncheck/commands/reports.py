@@ -1,10 +1,11 @@
-"""Commands that run nothing: saved reports and what can be said of them."""
+"""Commands on saved reports. They run nothing, but for the scripts of `report --finding` and `--for`."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,11 +13,13 @@ from attncheck.commands.common import (
     EXIT_CLEAN,
     EXIT_FINDINGS,
     EXIT_INCONCLUSIVE,
+    guarded,
     log,
     many,
     parse_outputs,
     write,
 )
+from attncheck.errors import UserError
 
 
 @click.command()
@@ -26,13 +29,99 @@ from attncheck.commands.common import (
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to this file.")
 @click.option("-v", "--verbose", is_flag=True, help="List every case.")
-def report(file: Path, format_: str, output: Path | None, verbose: bool) -> None:
-    """Render a saved JSON report again, in another format. Runs nothing, needs no torch."""
+@click.option(
+    "--finding",
+    metavar="ID",
+    help="With --format markdown: one finding for its maintainers, by fingerprint, rule or case, with a "
+    "script that is run to see that it shows it.",
+)
+@click.option(
+    "--for",
+    "project",
+    metavar="PROJECT",
+    help="The same of the findings of pytorch, flash-attn or xformers, worst first, until an issue is full.",
+)
+@many(
+    "--probe",
+    "probes",
+    metavar="FILE",
+    help="With these: a probe file of your own. Its code is run.",
+)
+@many(
+    "--with",
+    "with_",
+    metavar="PACKAGE",
+    help="With these: provision it, in the place of what the report was made with.",
+)
+@click.option(
+    "--write-repro",
+    "scripts",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="With these: write the scripts here too.",
+)
+@click.pass_context
+def report(
+    ctx: click.Context,
+    /,
+    file: Path,
+    format_: str,
+    output: Path | None,
+    verbose: bool,
+    finding: str | None,
+    project: str | None,
+    **for_scripts: Any,
+) -> None:
+    """Render a saved JSON report again, in another format. Runs nothing and needs no torch, but for the
+    scripts of --finding and --for.
+
+    Exit code 3 where none of these scripts shows its finding here.
+    """
     from attncheck import plugins
     from attncheck.saved import read_report
 
-    form = plugins.load_format(format_)
-    write(read_report(file), [(form, output)], verbose)
+    if finding is None and project is None:
+        if any(for_scripts.values()):
+            raise UserError("--probe, --with and --write-repro need --finding or --for.")
+        form = plugins.load_format(format_)
+        write(read_report(file), [(form, output)], verbose)
+        return
+    if format_ != "markdown":
+        raise UserError("--finding and --for write an issue: they need --format markdown.")
+    if finding is not None and project is not None:
+        raise UserError("--finding and --for exclude each other: give one.")
+    shown = guarded(
+        lambda: _issue(file, finding or "", project or "", output, **for_scripts), verbose, ctx
+    )
+    ctx.exit(EXIT_CLEAN if shown else EXIT_INCONCLUSIVE)
+
+
+def _issue(
+    file: Path,
+    finding: str,
+    project: str,
+    output: Path | None,
+    probes: tuple[str, ...],
+    with_: tuple[str, ...],
+    scripts: Path | None,
+) -> bool:
+    """Whether any script shows its finding."""
+    from attncheck.files import write_text
+    from attncheck.saved import read_report
+    from attncheck.triage import issue
+
+    for probe in probes:
+        log(f"running the code of {probe}")
+    request = issue.Request(read_report(file), file.name, finding, project, probes, with_)
+    written = issue.write(request, log)
+    if scripts is not None:
+        issue.keep(written, scripts, log)
+    if output is None:
+        click.echo(written.text, nl=False)
+    else:
+        write_text(output, written.text)
+        log(f"wrote {output}")
+    return bool(written.confirmed)
 
 
 @click.command()

@@ -108,7 +108,7 @@ OPTIONS = (
     click.option(
         "--shard",
         metavar="I/N",
-        help="Run only the I-th of N parts of about equal expected time; `attncheck merge` joins their reports.",
+        help="Run part I of N, all of about equal expected time; `attncheck merge` joins their reports.",
     ),
     click.option(
         "--resume",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attncheck.errors import UserError
+from attncheck.files import write_text
 from attncheck.fixes import emit
 
 if TYPE_CHECKING:
@@ -35,15 +37,13 @@ class Target:
             return text
         if not self.write:
             return _diff(_read(self.file), text, self.file)
-        try:
-            if self.backup:
-                os.replace(self.file, _backup(self.file))
-            # Whole or not at all: a module that was cut short would be imported by somebody.
-            temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.file)
-        except OSError as error:
-            raise UserError(f"Cannot write {self.file}: {error.strerror}.") from None
+        if self.backup:
+            try:
+                shutil.copy2(self.file, _backup(self.file))
+            except OSError as error:
+                raise UserError(f"Cannot keep {self.file}: {error.strerror}.") from None
+        # Whole or not at all: a module that was cut short would be imported by somebody.
+        write_text(self.file, text)
         return ""
 
 

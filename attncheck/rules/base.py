@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from attncheck import HOMEPAGE
 from attncheck.inventory import without_build_id
 from attncheck.model import (
     Case,
@@ -45,6 +46,11 @@ class Rule:
     severity: Severity
     docs: str
     judge: Judge
+
+    @property
+    def docs_url(self) -> str:
+        """Where the rule is explained on the web: its heading in the catalogue, as GitHub anchors it."""
+        return f"{HOMEPAGE}/blob/main/reports/published/rules.md#{self.id.lower()}-{self.name}"
 
     def finding(
         self,

@@ -11,12 +11,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
 
-from attncheck import environment, inventory, plugins, provision, rules
+from attncheck import environment, inventory, plugins, provision, rules, sharding
 from attncheck.errors import UserError, unknown
 from attncheck.inventory import REGISTERED
 from attncheck.model import (
@@ -52,7 +53,7 @@ class ScanRequest:
     `run_dir`: None for a folder in the user's cache; `fixes`: files to register strategies from before the
     first case or, where `both_ways`, after all of them were run without, and before they are run again
     in the reverse order; `settings`: further ones by operator; `only`: of these operators, the settings of
-    these names."""
+    these names; `shard`: which of the planned cases, None for all."""
 
     selection: Selection = field(default_factory=Selection)
     meshes: tuple[Mapping[str, int], ...] = ({"tp": 2},)
@@ -73,6 +74,7 @@ class ScanRequest:
     both_ways: bool = False
     settings: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shard: sharding.Shard | None = None
 
 
 Log = Callable[[str], None]
@@ -123,6 +125,9 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     probes = [plugins.with_discovered(p, found.ops) for p in shelf.probes]
     probes = [_with_settings(p, request) for p in probes]
     cases = plan_meshes(probes, request.meshes, request.selection, _beside_names(found))
+    share = _share(cases, request.shard, probes, request.device, path) if request.shard else None
+    if share is not None:
+        cases = tuple(cases[at] for at in share.positions)
     planned = len(cases)
     if request.both_ways:
         # Another order than before: what was propagated for one setting is there when the next comes.
@@ -156,6 +161,7 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
             "problems": to_json(found.problems),
             "select": list(request.select_rules),
             "ignore": list(request.ignore_rules),
+            **({"shard": to_json(share)} if share else {}),
         },
     )
     run = RunDir(request.run_dir or _new_run_folder())
@@ -169,6 +175,30 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     except OSError as error:
         raise UserError(f"Cannot write the run folder {run.path}: {error.strerror}.") from None
     return _run(run, config, cases, log, on_progress)
+
+
+def _share(
+    cases: Sequence[Case],
+    shard: sharding.Shard,
+    probes: Sequence[Probe],
+    device: str,
+    path: Sequence[str],
+) -> sharding.Share:
+    """Which of the planned cases are this shard's, by what is known of their operators."""
+    operators = [operator for probe in probes for operator in probe.operators]
+    absent = {
+        operator.name
+        for operator in operators
+        if device not in operator.devices or not _is_installed(operator, path)
+    }
+    slow = {operator.name for operator in operators if operator.slow}
+    return sharding.share(
+        cases, shard, partial(sharding.expected_seconds, slow=slow, absent=absent)
+    )
+
+
+def _is_installed(operator: Operator, path: Sequence[str]) -> bool:
+    return all(environment.is_installed(Requirement(p).name, path) for p in operator.packages)
 
 
 def operators_of(request: ScanRequest) -> list[Operator]:
@@ -218,7 +248,7 @@ def _look(
         op
         for probe in probes
         for operator in probe.operators
-        if all(environment.is_installed(Requirement(p).name, path) for p in operator.packages)
+        if _is_installed(operator, path)
         for op in operator.kernel_ops
     }
     found = inventory.take(
@@ -375,6 +405,9 @@ def _environment(
         "hash_seeds": list(config.hash_seeds),
         "case_timeout_seconds": config.case_timeout,
         "with": list(notes.get("with", ())),
+        "select": list(notes.get("select", ())),
+        "ignore": list(notes.get("ignore", ())),
+        **({"shard": notes["shard"]} if "shard" in notes else {}),
         **_fix_notes(progress),
         "standins": sorted({s for r in results for s in r.outcome.standins}),
         "probe_errors": list(notes.get("probe_errors", ())),

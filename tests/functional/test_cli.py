@@ -348,6 +348,7 @@ def test_wheel_holds_both_shelves_and_no_top_level_names(tmp_path: Path) -> None
     assert {
         "attncheck/probes/sdpa.py",
         "attncheck/reports/table.py",
+        "attncheck/reports/_html/page.html",
         "attncheck/templates/probe.py",
         "attncheck/py.typed",
     } <= set(names)

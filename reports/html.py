@@ -1,0 +1,175 @@
+"""The report as one web page: the matrix as a heat map, with every case behind its cells.
+
+The page is a file of its own: style and script stand in it (reports/_html/), and its policy forbids it
+every request and every other script. Without JavaScript it is plain tables. What comes of a report is
+data: the template escapes all text, and the script makes text nodes of it, never markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import msgspec
+from markupsafe import Markup, escape
+
+from attncheck.casesview import CasesView, CaseView
+from attncheck.casesview import build as build_cases
+from attncheck.changes import word
+from attncheck.model import Report, Severity, Status
+from attncheck.text import count, listing
+from attncheck.view import (
+    EXIT_CODES,
+    STYLES,
+    Cell,
+    FindingView,
+    RemedyView,
+    RenderOptions,
+    View,
+    build,
+)
+
+NAME = "html"
+SUMMARY = "one page for a browser: heat map, search, every case; no network"
+
+FOLDER = Path(__file__).parent / "_html"
+# One after the other, in one scope.
+SCRIPTS = ("dom.js", "data.js", "matrix.js", "drawing.js", "detail.js", "panel.js", "page.js")
+
+_NAME = re.compile(r"(?<!`)`([^`\n]{1,120})`(?!`)")
+# What a text of JSON must not hold within a <script> element: the end of it, or the start of another.
+_IN_SCRIPT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+
+_ALWAYS = {f.name for f in dataclasses.fields(CaseView) if f.default is dataclasses.MISSING}
+
+
+def render(report: Report, *, options: RenderOptions) -> str:
+    """HTML. `options.width`, `options.color` and `options.verbose` mean nothing to it."""
+    view = build(report)
+    text = page(view, build_cases(report, view))
+    return text if options.unicode else text.encode("ascii", "xmlcharrefreplace").decode("ascii")
+
+
+def page(view: View, cases: CasesView) -> str:
+    """The page that shows a view and its cases."""
+    style, script = _style(), _script()
+    return _template().render(
+        view=view,
+        cases=cases,
+        by_operator=_by_operator(cases),
+        styles={status: STYLES[status] for status in Status},
+        severities=tuple(Severity),
+        policy=_policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(_data(view, cases)),
+        words=cell_words,
+        in_order=remedies_in_order,
+        count=count,
+        listing=listing,
+        change_word=word,
+        exit_codes=EXIT_CODES,
+    )
+
+
+def cell_words(cell: Cell) -> str:
+    """What a cell says to whoever does not see it."""
+    word = STYLES[cell.status].word
+    return f"{word}, {cell.ok} of {cell.total} right" if cell.total else word
+
+
+def remedies_in_order(finding: FindingView) -> list[RemedyView]:
+    """The one to try first, then the others."""
+    first = finding.first_remedy
+    return [r for _, r in sorted(enumerate(finding.remedies), key=lambda r: r[0] != first)]
+
+
+def prose(text: str) -> Markup:
+    """Text in which names between backticks, as rules write them, stand in code font."""
+    parts = (
+        Markup("<code>{}</code>").format(part) if i % 2 else escape(part)
+        for i, part in enumerate(_NAME.split(text))
+    )
+    return Markup("").join(parts)
+
+
+def _by_operator(cases: CasesView) -> dict[str, list[Any]]:
+    out: dict[str, list[Any]] = {}
+    for case in cases.cases:
+        out.setdefault(case.operator, []).append(case)
+    return out
+
+
+def _data(view: View, cases: CasesView) -> str:
+    """What the script shows, as JSON that can stand in a <script> element."""
+    shown = msgspec.to_builtins(cases)
+    document = {
+        **shown,
+        # Most of what could be said of a case is empty.
+        "cases": [
+            {name: value for name, value in case.items() if value or name in _ALWAYS}
+            for case in shown["cases"]
+        ],
+        "placements": view.placements,
+        "statuses": [
+            {
+                "status": status.value,
+                "symbol": STYLES[status].symbol,
+                "word": STYLES[status].word,
+                "meaning": STYLES[status].meaning,
+                "ran": status.ran,
+                "usable": status.usable,
+            }
+            for status in Status
+        ],
+        "rules": [f"{finding.rule} {finding.name}" for finding in view.findings],
+    }
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    for character, escaped in _IN_SCRIPT.items():
+        text = text.replace(character, escaped)
+    return text
+
+
+# --- what the page is made of --------------------------------------------------------------------
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True,
+        loader=jinja2.FileSystemLoader(FOLDER),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["prose"] = prose
+    return environment.get_template("page.html")
+
+
+def _style() -> str:
+    return (FOLDER / "page.css").read_text(encoding="utf-8")
+
+
+def _script() -> str:
+    parts = ((FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    return '(() => {\n"use strict";\n' + "\n".join(parts) + "})();\n"
+
+
+def _policy(style: str, script: str) -> str:
+    """Nothing from anywhere, and of styles and scripts none but these two."""
+    return (
+        f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; "
+        "img-src data:; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
+    )
+
+
+def _digest(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
