@@ -177,12 +177,17 @@ if (byId("grid")) {
   byId("grid").addEventListener("keydown", moveInMatrix);
   redraw();
 }
-for (const [number, finding] of [...document.querySelectorAll("main .finding")].entries()) {
-  const items = report.cases.filter((item) => list(item.findings).includes(number));
-  if (!items.length) continue;
+const casesOf = new Map(); // by the number of a finding
+for (const item of report.cases) {
+  for (const number of list(item.findings)) {
+    if (!casesOf.has(number)) casesOf.set(number, []);
+    casesOf.get(number).push(item);
+  }
+}
+for (const [number, items] of casesOf) {
   const button = el("button", { type: "button", class: "quiet cases-of" }, `Show ${counted(items.length, "case")}`);
   button.addEventListener("click", () => openPanel(report.rules[number], items));
-  finding.append(button);
+  byId(`finding-${number}`).append(button);
 }
 addCopyButtons(document);
 byId("theme").hidden = false;

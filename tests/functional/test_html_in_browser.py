@@ -393,18 +393,20 @@ def test_a_hostile_report_runs_nothing(open_page: Open, text: str) -> None:
     expect(page.locator(".detail .message").first).to_have_text(view.clean(text).strip())
 
 
-def test_the_policy_holds(open_page: Open, browser: Browser, tmp_path: Path) -> None:
+def test_the_policy_holds(browser: Browser, contexts: list[BrowserContext], tmp_path: Path) -> None:
     """Were something to slip through, the browser refuses it: here it is put in by hand."""
-    text = sample_page().replace(
-        "<main>", "<main><img src=x onerror='window.ran=1'><script>window.ran=1</script>"
-    )
+    attack = "<main><script>window.ran = 1</script><img src='data:,' onerror='window.ran = 1'>"
     file = tmp_path / "attacked.html"
-    file.write_text(text, encoding="utf-8")
-    page = browser.new_page()
-    page.goto(file.as_uri())
-    page.wait_for_selector("html[data-ready]")
-    assert page.evaluate("window.ran") is None
-    page.close()
+    file.write_text(sample_page().replace("<main>", attack), encoding="utf-8")
+    ran = []
+    for bypass in (False, True):
+        context = browser.new_context(bypass_csp=bypass)
+        contexts.append(context)
+        page = context.new_page()
+        page.goto(file.as_uri())
+        page.wait_for_selector("html[data-ready]")
+        ran.append(page.evaluate("window.ran"))
+    assert ran == [None, 1]
 
 
 def test_a_comparison(open_page: Open) -> None:

@@ -67,13 +67,14 @@ def passing() -> Report:
 
 
 def with_change(report: Report, finding: Finding, **fields: object) -> Report:
-    """One change more, about every case of a finding."""
+    """With another change of every case of a finding."""
     assert report.comparison is not None
     changes = tuple(
         CaseChange(case, rules=(finding.rule,), **fields)  # type: ignore[arg-type]
         for case in finding.cases
     )
-    every = (*changes, *report.comparison.changes)
+    others = (change for change in report.comparison.changes if change.case not in finding.cases)
+    every = (*changes, *others)
     return replace(report, comparison=replace(report.comparison, changes=every))
 
 

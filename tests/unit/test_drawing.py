@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import sample_report
+from hypothesis import given
+from hypothesis import strategies as st
 
 from attncheck.drawing import MAX_RANKS, Drawing, Piece, drawings
 from attncheck.model import Case
@@ -116,6 +119,28 @@ def test_what_cannot_be_drawn_is_said(texts: tuple[str, ...], mesh: dict[str, in
     drawing = drawn(texts, mesh, (6, 4, 18, 16))
     assert drawing.pieces == () or texts == ()
     assert all(text in drawing.text for text in texts)
+
+
+@given(
+    texts=st.lists(
+        st.sampled_from(["R", "S(0)", "S(1)", "S(3)", "S(9)", "P(sum)", "plain", "_S(0, 2)"]),
+        max_size=3,
+    ),
+    counts=st.lists(st.integers(-1, 9), max_size=3),
+    sizes=st.lists(st.integers(-1, 20), max_size=5),
+)
+def test_every_rank_holds_one_piece_within_the_tensor(
+    texts: list[str], counts: list[int], sizes: list[int]
+) -> None:
+    mesh = {f"axis{i}": size for i, size in enumerate(counts)}
+    drawing = drawn(tuple(texts), mesh, tuple(sizes))
+    assert drawing.text.startswith("q")
+    if drawing.pieces:
+        ranks = sorted(rank for piece in drawing.pieces for rank in piece.ranks)
+        assert ranks == list(range(math.prod(counts)))
+    for piece in drawing.pieces:
+        for (start, stop), length in zip((piece.across, piece.down), drawing.size, strict=True):
+            assert 0 <= start <= stop <= length
 
 
 def test_a_dim_that_the_tensor_lacks() -> None:
