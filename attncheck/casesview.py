@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from attncheck.changes import word
 from attncheck.drawing import Drawing, drawings
 from attncheck.model import (
+    UNPLANNED,
     CaseChange,
     CaseResult,
     ChangeKind,
@@ -118,7 +119,6 @@ class Facet:
     """Something by which cases can be told apart: `name` is that of a field of `CaseView`."""
 
     name: str
-    label: str
     values: tuple[str, ...]
 
 
@@ -129,16 +129,11 @@ class CasesView:
     cases: tuple[CaseView, ...]
     drawings: tuple[Drawing, ...] = ()
     kernel_ops: tuple[KernelOpView, ...] = ()
-    facets: tuple[Facet, ...] = field(default_factory=tuple)
+    facets: tuple[Facet, ...] = ()
 
 
 # What a reader narrows a matrix down by, in this order.
-FACETS = (
-    ("direction", "direction"),
-    ("mesh", "mesh"),
-    ("dtype", "dtype"),
-    ("version", "version"),
-)
+FACETS = ("direction", "mesh", "dtype", "version")
 
 
 class _Shared(Generic[T]):
@@ -180,10 +175,10 @@ def build(report: Report, view: View) -> CasesView:
 
 def facets(cases: Iterable[CaseView]) -> tuple[Facet, ...]:
     """Those with more than one value among the cases; nothing can be told apart by the others."""
-    cases = list(cases)
+    planned = [case for case in cases if case.placement != UNPLANNED]
     found = (
-        Facet(name, label, tuple(dict.fromkeys(str(getattr(case, name)) for case in cases)))
-        for name, label in FACETS
+        Facet(name, tuple(dict.fromkeys(str(getattr(case, name)) for case in planned)))
+        for name in FACETS
     )
     return tuple(facet for facet in found if len(facet.values) > 1)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import importlib.util
 import inspect
 import re
@@ -101,6 +100,8 @@ def _shipped_probes() -> tuple[list[Path], list[tuple[Path, str]]]:
     The packages themselves are not imported: theirs may load torch, or take seconds.
     """
     found, errors = [], []
+    import importlib.metadata  # which takes as long as all of a format
+
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         top, *rest = entry.module.split(".")
         spec = importlib.util.find_spec(top)

@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import msgspec
@@ -23,7 +22,7 @@ from markupsafe import Markup, escape
 from attncheck.casesview import CasesView, CaseView
 from attncheck.casesview import build as build_cases
 from attncheck.changes import word
-from attncheck.model import Report, Severity, Status
+from attncheck.model import Report, Status
 from attncheck.text import count, listing
 from attncheck.view import (
     EXIT_CODES,
@@ -65,7 +64,6 @@ def page(view: View, cases: CasesView) -> str:
         cases=cases,
         by_operator=_by_operator(cases),
         styles={status: STYLES[status] for status in Status},
-        severities=tuple(Severity),
         policy=_policy(style, script),
         style=Markup(style),
         script=Markup(script),
@@ -81,8 +79,8 @@ def page(view: View, cases: CasesView) -> str:
 
 def cell_words(cell: Cell) -> str:
     """What a cell says to whoever does not see it."""
-    word = STYLES[cell.status].word
-    return f"{word}, {cell.ok} of {cell.total} right" if cell.total else word
+    status = STYLES[cell.status].word
+    return f"{status}, {cell.ok} of {cell.total} right" if cell.total else status
 
 
 def remedies_in_order(finding: FindingView) -> list[RemedyView]:
@@ -100,8 +98,8 @@ def prose(text: str) -> Markup:
     return Markup("").join(parts)
 
 
-def _by_operator(cases: CasesView) -> dict[str, list[Any]]:
-    out: dict[str, list[Any]] = {}
+def _by_operator(cases: CasesView) -> dict[str, list[CaseView]]:
+    out: dict[str, list[CaseView]] = {}
     for case in cases.cases:
         out.setdefault(case.operator, []).append(case)
     return out

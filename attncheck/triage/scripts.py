@@ -104,6 +104,7 @@ _USES: tuple[tuple[str, str], ...] = (
     (r"\bre\.", "import re"),
     (r"\bsys\.", "import sys"),
     (r"\btime\.", "import time"),
+    (r"\bcontextlib\.", "import contextlib"),
     (r"\btimedelta\(", "from datetime import timedelta"),
     (r"", "import torch"),
     (r"\bdist\.", "import torch.distributed as dist"),
@@ -181,8 +182,8 @@ def _head(subject: Subject) -> list[str]:
 
 
 def _tail(subject: Subject) -> list[str]:
-    if subject.claim.kind in (Kind.DIVERGES, Kind.CRASH):
-        # Ranks that part, or that are gone, cannot wait for each other.
+    if subject.claim.kind is Kind.DIVERGES:
+        # Ranks that part cannot wait for each other.
         return [
             f"{FIRST}",
             '    print("BUG" if bug else "ok", flush=True)',

@@ -88,6 +88,7 @@ def _tolerance(subject: Subject) -> str:
 
 def _results(subject: Subject) -> list[str]:
     """`pairs`: by name, what came back of the placed call and of the whole one."""
+    attend = subject.name_of_call
     claim, several = subject.claim, len(subject.call.picks) > 1
     if any(spec.mutable for spec in subject.specs) and not claim.gradients:
         mutable = [s.name for s in subject.specs if s.mutable and s.wrap != "plain"]
@@ -103,7 +104,7 @@ def _results(subject: Subject) -> list[str]:
             "for name in leaves:",
             "    whole[name].requires_grad_()",
             "    placed[name].requires_grad_()",
-            f"expected, actual = attend(**whole){out}, attend(**placed){out}",
+            f"expected, actual = {attend}(**whole){out}, {attend}(**placed){out}",
             "dout = torch.randn_like(expected)",
             "placements = [Replicate() if p.is_partial() else p for p in actual.placements]",
             "want = torch.autograd.grad(expected, [whole[n] for n in leaves], dout)",
@@ -113,12 +114,12 @@ def _results(subject: Subject) -> list[str]:
         ]
     if several:
         lines += [
-            "expected, actual = attend(**whole), attend(**placed)",
+            f"expected, actual = {attend}(**whole), {attend}(**placed)",
             "pairs = {name: (actual[name], expected[name]) for name in expected}",
         ]
     else:
         lines += [
-            "expected, actual = attend(**whole), attend(**placed)",
+            f"expected, actual = {attend}(**whole), {attend}(**placed)",
             'pairs = {"out": (actual, expected)}',
         ]
     lines += [f'pairs["{name}"] = placed["{name}"], whole["{name}"]' for name in mutable]
@@ -144,13 +145,14 @@ def _wrong(subject: Subject) -> list[str]:
 
 
 def _drift(subject: Subject) -> list[str]:
+    attend = subject.name_of_call
     if subject.claim.gradients or len(subject.call.picks) > 1:
         raise NotWritten("the drift is in a gradient")
     root = 2 * subject.ranks
     return [
         *whole_and_placed(subject),
         "exact = {n: t.double() if t.is_floating_point() else t for n, t in whole.items()}",
-        "exact, expected, actual = attend(**exact), attend(**whole), attend(**placed)",
+        f"exact, expected, actual = {attend}(**exact), {attend}(**whole), {attend}(**placed)",
         "actual = actual.full_tensor()",
         "own = (expected - exact).abs().max().item()",
         "error = (actual - exact).abs().max().item()",
@@ -162,13 +164,14 @@ def _drift(subject: Subject) -> list[str]:
 
 
 def _stale(subject: Subject) -> list[str]:
+    attend = subject.name_of_call
     if len(subject.call.picks) > 1 or subject.claim.gradients:
         raise NotWritten("it has several results")
     return [
         *whole_and_placed(subject),
-        "expected, errors = attend(**whole), []",
+        f"expected, errors = {attend}(**whole), []",
         "for _ in range(2):",
-        "    actual = attend(**placed).full_tensor()",
+        f"    actual = {attend}(**placed).full_tensor()",
         "    errors.append((actual - expected).abs().max().item())",
         FIRST,
         '    print(f"largest error of the first call {errors[0]:.1e}, of the second {errors[1]:.1e}")',
@@ -308,7 +311,8 @@ def _slow(subject: Subject) -> list[str]:
         "seconds = []",
         "for _ in range(2):",
         "    began = time.perf_counter()",
-        *call,
+        "    with contextlib.suppress(Exception):  # what is refused can be slow, too",
+        *("    " + line for line in call),
         "    seconds.append(time.perf_counter() - began)",
         FIRST,
         '    print(f"first call {seconds[0]:.1f} s, second {seconds[1]:.3f} s")',

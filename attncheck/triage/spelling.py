@@ -40,7 +40,7 @@ def attend(subject: Subject) -> list[str]:
     """The call as a function of its tensors, which it returns the outputs of: one, or a dict of several."""
     call = subject.call
     parameters = ", ".join(spec.name for spec in subject.specs) if call.by_name else "**t"
-    lines, indent = [f"def attend({parameters}):"], "    "
+    lines, indent = [f"def {subject.name_of_call}({parameters}):"], "    "
     if call.context:
         lines.append(f"{indent}with {call.context}:")
         indent += "    "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,14 @@ from attncheck.triage.claims import Claim
 
 class NotWritten(Exception):
     """No script can be written of this case: why."""
+
+
+# What scripts call things. Code that is taken along must not call its own so.
+NAMES = frozenset(
+    "actual bound bug comm counts device dout dtype error errors everyone exact expected got kinds leaves local "
+    "masks mesh name out own pairs part parts placed placements placed_as result results returned rounding "
+    "said same seconds seed store t torch dist want watched whole Shapes".split()
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,12 @@ class Call:
     picks: Mapping[str, str]
     context: str = ""
     by_name: bool = True
+
+    @property
+    def defines(self) -> frozenset[str]:
+        """The functions, classes and constants of its definitions."""
+        text = "\n".join(self.definitions)
+        return frozenset(re.findall(r"^(?:def |class )?(\w+)\b(?=\(| = |:)", text, re.MULTILINE))
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,12 @@ class Subject:
     @property
     def ranks(self) -> int:
         return math.prod(self.case.mesh.values())
+
+    @property
+    def name_of_call(self) -> str:
+        """What the script calls the function that it makes of the call: nothing that is there already."""
+        taken = self.call.defines
+        return next(name for name in ("attend", "attention", "call_it") if name not in taken)
 
     @property
     def gradients_of(self) -> tuple[str, ...]:

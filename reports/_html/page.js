@@ -27,7 +27,7 @@ function facetSelect(facet) {
     else filter.facets.set(facet.name, facet.values[at]);
     redraw();
   });
-  return el("label", {}, facet.label, select);
+  return el("label", {}, facet.name, select);
 }
 
 // The counts of a list become buttons that filter by what they count.

@@ -92,6 +92,8 @@ def test_facets_are_what_tells_cases_apart() -> None:
     facets = casesview.facets([*cases.cases, *other])
     assert [facet.name for facet in facets] == ["direction", "dtype", "version"]
     assert facets[-1].values == (cases.cases[0].version, "torch 2.14")
+    unplanned = dataclasses.replace(cases.cases[0], placement="-", direction="-", mesh="-")
+    assert casesview.facets([*cases.cases, unplanned]) == cases.facets
 
 
 def test_the_version_is_that_of_the_packages() -> None:
