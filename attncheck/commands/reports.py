@@ -25,7 +25,7 @@ from attncheck.errors import UserError
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "format_", default="table", metavar="NAME", help="table, markdown or json."
+    "--format", "format_", default="table", metavar="NAME", help="table, markdown, html, json, sarif, junit or github."
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to this file.")
 @click.option("-v", "--verbose", is_flag=True, help="List every case.")
@@ -131,8 +131,8 @@ def _issue(
     "--output",
     "-o",
     metavar="FORMAT[:PATH]",
-    help="Write the newer report with the comparison: table (default), markdown, html, json, ... (repeatable; "
-    "no PATH is stdout).",
+    help="Write the newer report with the comparison: table (default), or as scan does (repeatable; no PATH "
+    "is stdout).",
 )
 @click.option("--exit-code", is_flag=True, help="Exit 1 where a case got worse.")
 @click.option("-v", "--verbose", is_flag=True, help="List every case, and the whole newer report.")
@@ -168,7 +168,7 @@ def diff(
     "--output",
     "-o",
     metavar="FORMAT[:PATH]",
-    help="Write the joined report: json (default), table, markdown (repeatable; no PATH is stdout).",
+    help="Write the joined report: json (default), or as scan does (repeatable; no PATH is stdout).",
 )
 @click.option("-v", "--verbose", is_flag=True, help="List every case.")
 @click.pass_context

@@ -103,7 +103,8 @@ OPTIONS = (
         "--output",
         "-o",
         metavar="FORMAT[:PATH]",
-        help="Write a report: table, markdown, json (repeatable; no PATH is stdout).",
+        help="Write a report: table, markdown, html, json, sarif, junit, github (repeatable; no PATH is "
+        "stdout).",
     ),
     click.option(
         "--shard",

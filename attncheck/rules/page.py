@@ -1,4 +1,4 @@
-"""What is said of rules, made of the rule files alone: of one (`attncheck explain`), or of all on one page."""
+"""What is said of rules, made of the rule files alone: of one (`attncheck explain`), or of all on a page."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Small attention ops and their strategies, as they were before a version bump and are after it.
 
-`ATTNCHECK_GATE_DEMO` says which: `before` (default) or `after`. q, k, v are (batch, heads, sequence, head_dim).
+`ATTNCHECK_GATE_DEMO` says which: `before` (default) or `after`. q, k, v: (batch, heads, sequence, head_dim).
 No `from __future__ import annotations`: `custom_op` reads the schema off these.
 """
 

@@ -4,8 +4,8 @@
     attncheck scan -k 'fallback.*' -k 'sdpa[MATH]' --repeats 20 --seed 99 --output json:b.json
     python tests/oracle/gate_noise.py a.json b.json
 
-Errors are parts of their bound. Prints how far the largest of single runs comes, and how far the medians of two
-reports lie apart; exits 1 where a gate would call one of them drifted.
+Errors are parts of their bound. Prints how far the largest of single runs comes, and how far the medians of
+two reports lie apart; exits 1 where a gate would call one of them drifted.
 """
 
 from __future__ import annotations
