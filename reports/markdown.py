@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from attncheck.changes import ChangeGroup, ComparisonView, word
 from attncheck.markup import ISSUE_LENGTH, block, code, details, prose, table
 from attncheck.model import Report, Severity
 from attncheck.view import (
@@ -91,18 +92,20 @@ def _that_fit(parts: Sequence[str], options: RenderOptions) -> list[str]:
 
 
 def _parts(view: View, options: RenderOptions, detail: Detail) -> list[str]:
-    sections: tuple[Iterable[str], ...] = (
+    answer: tuple[Iterable[str], ...] = (
         _headline(view, detail),
         _changes(view, detail),
         _missing(view, detail),
         _environment(view, detail),
         _findings(view, detail),
         _works(view, detail),
-        _matrix(view, options, detail),
-        _not_run(view, detail),
-        _summary(view),
     )
-    return [part for section in sections for part in section]
+    if view.comparison is not None:
+        # Who gates asks what changed: the findings that were there before are told with -v.
+        compared = (_comparison(view.comparison, detail), _regressions(view, detail))
+        answer = (*compared, *(answer if options.verbose else (_environment(view, detail),)))
+    rest = (_matrix(view, options, detail), _not_run(view, detail), _summary(view))
+    return [part for section in (*answer, *rest) for part in section]
 
 
 def _text(parts: Iterable[str], options: RenderOptions) -> str:
@@ -118,12 +121,60 @@ def _more(number: int, noun: str) -> list[str]:
 
 
 def _headline(view: View, detail: Detail) -> Iterable[str]:
-    yield "# attncheck report"
+    yield "## The whole report" if view.comparison is not None else "# attncheck report"
     yield "\n".join(f"**{prose(sentence)}**" for sentence in view.headline[:1])
     rest = [*view.headline[1:], *(f"Note: {notice}" for notice in view.notices)]
     for sentence in rest[: detail.rows]:
         yield prose(one_line(sentence, detail.words))
     yield from _more(len(rest) - detail.rows, "note")
+
+
+def _comparison(comparison: ComparisonView, detail: Detail) -> Iterable[str]:
+    yield f"# {prose(comparison.headline)}"
+    if comparison.verdict:
+        yield prose(f"Against {comparison.against}: {comparison.counted}.")
+    if comparison.environment:
+        changed = comparison.environment[: detail.rows]
+        rows = (
+            (
+                prose(d.name),
+                prose(one_line(d.before, detail.words)),
+                prose(one_line(d.after, detail.words)),
+            )
+            for d in changed
+        )
+        yield table(("environment", "before", "now"), rows)
+        yield from _more(len(comparison.environment) - len(changed), "difference")
+    if comparison.groups:
+        shown = comparison.groups[: detail.rows]
+        yield table(("", "operator", "change", "where", ""), (_change(g, detail) for g in shown))
+        yield from _more(len(comparison.groups) - len(shown), "group")
+    if comparison.stale:
+        yield f"{comparison.stale} entries of the baseline are stale: fixed, or no longer run."
+
+
+def _change(group: ChangeGroup, detail: Detail) -> tuple[str, ...]:
+    until = f" (until {group.until})" if group.until else ""
+    accepted = f"accepted: {group.reason}{until}" if group.reason or until else ""
+    notes = "; ".join(note for note in (group.detail, accepted) if note)
+    kind = word(group.kind)
+    return (
+        f"**{kind}**" if group.gates else kind,
+        code(group.operator),
+        prose(group.change),
+        prose(one_line(group.extent, detail.words)),
+        prose(one_line(notes, detail.words)),
+    )
+
+
+def _regressions(view: View, detail: Detail) -> Iterable[str]:
+    if not view.regressions:
+        return
+    yield "## What to do"
+    shown: set[str] = set()
+    for finding in view.regressions[: detail.findings]:
+        yield from _finding(finding, detail, shown)
+    yield from _more(len(view.regressions) - detail.findings, "finding")
 
 
 def _changes(view: View, detail: Detail) -> Iterable[str]:

@@ -114,7 +114,7 @@ def _places(returned: Any) -> dict[str, str]:
     named = cases.named_outputs(returned, "call")
     if isinstance(returned, torch.Tensor):
         return {"out": ""}
-    return {name: f"[{name!r}]" for name in named}
+    return {name: f'["{name}"]' for name in named}
 
 
 # --- the function ----------------------------------------------------------------------------------

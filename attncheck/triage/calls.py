@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attncheck.probing import Operator, Setting
-from attncheck.triage.subject import NAMES, Call, NotWritten
+from attncheck.triage.subject import Call, NotWritten
 from attncheck.triage.transplant import NotTransplantable, transplant
 
 SECONDS = 120.0
@@ -89,7 +89,7 @@ def written(transcript: Transcript, operator: Operator, setting: Setting) -> Cal
     except NotTransplantable as error:
         raise NotWritten(f"its call cannot stand alone: {error}") from None
     function, _, rest = code.expression.partition("(")
-    call = Call(
+    return Call(
         code.imports,
         code.definitions,
         function,
@@ -97,9 +97,6 @@ def written(transcript: Transcript, operator: Operator, setting: Setting) -> Cal
         transcript.outputs,
         by_name=False,
     )
-    if clash := sorted(call.defines & NAMES):
-        raise NotWritten(f"its file defines {clash[0]}, as the script does")
-    return call
 
 
 def _as_a_person(call: Mapping[str, Any]) -> Call:

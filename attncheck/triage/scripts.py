@@ -6,6 +6,7 @@ not. Everything in it comes from the probe's own setting, as our planner read it
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import textwrap
@@ -23,12 +24,14 @@ from attncheck.triage.subject import NotWritten, Subject
 @dataclass(frozen=True)
 class Header:
     """What stands at the head of a file: what it shows, on how many ranks, and what it imports beside
-    torch. `stubs`: modules that may be empty, for the call fails in front of them."""
+    torch. `stubs`: modules that may be empty, for the call fails in front of them. `definitions`: code that
+    the call needs."""
 
     title: str
     ranks: int
     imports: tuple[str, ...] = ()
     stubs: tuple[str, ...] = ()
+    definitions: tuple[str, ...] = ()
 
 
 def script(subject: Subject) -> str:
@@ -36,11 +39,19 @@ def script(subject: Subject) -> str:
     if subject.setting.memory != "contiguous":
         raise NotWritten(f"its tensors are {subject.setting.memory} in memory")
     body = BODIES[subject.claim.kind](subject)
+    if clash := sorted((_bound(body) | {"device", "dtype", "mesh", "seed"}) & subject.call.defines):
+        raise NotWritten(f"its file defines {clash[0]}, as the script does")
     lines = [*_head(subject), *body, *_tail(subject)]
     call = subject.call
     imports = (*call.imports, *(f"import {module}" for module in subject.compiled))
-    about = Header(subject.title, subject.ranks, imports, subject.stubs)
+    about = Header(subject.title, subject.ranks, imports, subject.stubs, call.definitions)
     return _file(about, lines)
+
+
+def _bound(lines: Sequence[str]) -> set[str]:
+    """The names that some code assigns to."""
+    nodes = ast.walk(ast.parse("\n".join(lines)))
+    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def of_an_op(about: Header, op: Mapping[str, Any], plain: Sequence[bool]) -> str:
@@ -80,6 +91,7 @@ def of_an_op(about: Header, op: Mapping[str, Any], plain: Sequence[bool]) -> str
 
 def _file(about: Header, body: Sequence[str]) -> str:
     text = "\n".join(body)
+    definitions = [line for one in about.definitions for line in ("", "", *one.splitlines())]
     title = re.sub(r'["\\]', "'", " ".join(about.title.split()))
     return "\n".join(
         [
@@ -91,42 +103,42 @@ def _file(about: Header, body: Sequence[str]) -> str:
             '"""',
             "",
             *_import_lines(about, text),
-            "",
+            *definitions,
+            *(["", ""] if definitions or text.startswith("\n") else [""]),
             text.strip("\n"),
             "",
         ]
     )
 
 
-# What a script uses, and the import that it then needs.
-_USES: tuple[tuple[str, str], ...] = (
-    (r"\bos\.", "import os"),
-    (r"\bre\.", "import re"),
-    (r"\bsys\.", "import sys"),
-    (r"\btime\.", "import time"),
-    (r"\bcontextlib\.", "import contextlib"),
-    (r"\btimedelta\(", "from datetime import timedelta"),
-    (r"", "import torch"),
-    (r"\bdist\.", "import torch.distributed as dist"),
-    (r"\bF\.", "import torch.nn.functional as F"),
-    (r"\binit_device_mesh\(", "from torch.distributed.device_mesh import init_device_mesh"),
-    (r"\bCommDebugMode\(", "from torch.distributed.tensor.debug import CommDebugMode"),
-    (r"\bsdpa_kernel\(", "from torch.nn.attention import SDPBackend, sdpa_kernel"),
-    (r"\bTorchDispatchMode\b", "from torch.utils._python_dispatch import TorchDispatchMode"),
-    (r"\btree_leaves\(", "from torch.utils._pytree import tree_leaves"),
-    (
-        r"\bcompute_local_shape_and_global_offset\(",
-        "from torch.distributed.tensor._utils import compute_local_shape_and_global_offset",
-    ),
-)
+# The import that a name of ours needs.
+_IMPORTS: Mapping[str, str] = {
+    "contextlib": "import contextlib",
+    "os": "import os",
+    "re": "import re",
+    "sys": "import sys",
+    "time": "import time",
+    "timedelta": "from datetime import timedelta",
+    "torch": "import torch",
+    "dist": "import torch.distributed as dist",
+    "F": "import torch.nn.functional as F",
+    "init_device_mesh": "from torch.distributed.device_mesh import init_device_mesh",
+    "CommDebugMode": "from torch.distributed.tensor.debug import CommDebugMode",
+    "sdpa_kernel": "from torch.nn.attention import SDPBackend, sdpa_kernel",
+    "TorchDispatchMode": "from torch.utils._python_dispatch import TorchDispatchMode",
+    "tree_leaves": "from torch.utils._pytree import tree_leaves",
+    "compute_local_shape_and_global_offset": "from torch.distributed.tensor._utils import "
+    "compute_local_shape_and_global_offset",
+}
 _TENSOR_NAMES = ("DTensor", "Partial", "Replicate", "Shard", "distribute_tensor")
 
 
 def _import_lines(about: Header, body: str) -> list[str]:
     """Python's own, torch's, then the others: in front of these, empty modules for what is not there."""
-    used = [name for name in _TENSOR_NAMES if re.search(rf"\b{name}\b", body)]
-    lines = {line for pattern, line in _USES if re.search(pattern, body)} | {*about.imports}
-    lines.add(f"from torch.distributed.tensor import {', '.join(used)}")
+    used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)}
+    lines = {line for name, line in _IMPORTS.items() if name in used} | {*about.imports}
+    from_tensor = [name for name in _TENSOR_NAMES if name in used]
+    lines.add(f"from torch.distributed.tensor import {', '.join(from_tensor)}")
     stubs = []
     for module in about.stubs:
         stubs += [
@@ -154,15 +166,11 @@ def _head(subject: Subject) -> list[str]:
             "    os.execv(sys.executable, [sys.executable, *sys.argv])",
             "",
         ]
-    for definition in subject.call.definitions:
-        lines += ["", *definition.splitlines(), ""]
     if subject.claim.kind in COMPARING:
-        lines += ["", *attend(subject), ""]
+        lines += ["", "", *attend(subject), "", ""]
     sizes = ", ".join(map(str, subject.case.mesh.values()))
     mesh = f"({sizes},)" if len(subject.case.mesh) == 1 else f"({sizes})"
     limit = ", timeout=timedelta(seconds=30)" if subject.claim.kind is Kind.DIVERGES else ""
-    if lines and lines[-1]:
-        lines.append("")
     if subject.own_device:
         lines += [
             'device = "cuda" if torch.cuda.is_available() else "cpu"',

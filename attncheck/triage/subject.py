@@ -16,14 +16,6 @@ class NotWritten(Exception):
     """No script can be written of this case: why."""
 
 
-# What scripts call things. Code that is taken along must not call its own so.
-NAMES = frozenset(
-    "actual bound bug comm counts device dout dtype error errors everyone exact expected got kinds leaves local "
-    "masks mesh name out own pairs part parts placed placements placed_as result results returned rounding "
-    "said same seconds seed store t torch dist want watched whole Shapes".split()
-)
-
-
 @dataclass(frozen=True)
 class Call:
     """The operator's call in code. `by_name`: its tensors are variables, else they are in a dict `t`.

@@ -74,9 +74,12 @@ def transplant(call: Callable[..., Any], setting: Setting) -> Transplant:
         raise NotTransplantable("its call is made inside of another function")
     taken = _Taken()
     _take(name, source, taken)
-    given = [f"sizes={dict(setting.sizes)!r}", f"options={_literal(dict(setting.options))}"]
+    given = [
+        f"sizes={_literal(dict(setting.sizes))}",
+        f"options={_literal(dict(setting.options))}",
+    ]
     if setting.dtype != "float32":
-        given.append(f"dtype={setting.dtype!r}")
+        given.append(f"dtype={_literal(setting.dtype)}")
     if setting.dropout:
         given.append(f"dropout={setting.dropout!r}")
     body = ",\n    ".join(given)
@@ -95,7 +98,8 @@ def _literal(value: Any) -> str:
         same = False
     if not same:
         raise NotTransplantable(f"it takes a {type(value).__name__}")
-    return text
+    # As the rest of the file quotes.
+    return text if '"' in text or "\\" in text else text.replace("'", '"')
 
 
 @dataclass

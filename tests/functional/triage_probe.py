@@ -1,5 +1,7 @@
-"""A probe of small attentions with one mistake each, written so that a script can be made of them; and healthy
-twins. What is wrong shows on shards only."""
+"""Small attentions with one mistake each, which shows on shards only, and a healthy twin.
+
+Written so that a script can be made of them: each call stands alone with what it uses from this file.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,11 @@ def again(out: Any, change: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
-        change(out.to_local()), out.device_mesh, out.placements, shape=out.shape, stride=out.stride()
+        change(out.to_local()),
+        out.device_mesh,
+        out.placements,
+        shape=out.shape,
+        stride=out.stride(),
     )
 
 
