@@ -140,7 +140,8 @@ class Page:
         """The cases of one kind: those that got worse in full, others in a few lines."""
         total = count(sum(len(group.cases) for group in groups), "case")
         color = "bold red" if any(group.gates for group in groups) else "bold"
-        yield ((f"{word(kind)} ", color), (f"({total}{note})", "dim"))
+        title = "unchanged and accepted" if kind is ChangeKind.UNCHANGED else word(kind)
+        yield ((f"{title} ", color), (f"({total}{note})", "dim"))
         limit = len(groups) if self.options.verbose else GROUPS if kind.regressed else OTHER_GROUPS
         for group in groups[:limit]:
             yield from self.text(f"  {group.operator}  ", f"{group.change}; {group.extent}")
