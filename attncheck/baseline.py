@@ -323,8 +323,10 @@ def gate(
     policy: Policy,
     today: datetime.date,
     against: str = DEFAULT_FILE,
+    incomplete: str = "",
 ) -> Comparison:
-    """Hold a report against a baseline. A gate that ran nothing never passes."""
+    """Hold a report against a baseline. A gate that ran nothing never passes, nor one on an `incomplete`
+    report: what it lacks, in words."""
     found = compare.recall(report)
     changes = compare.compare(baseline.known, found, policy, today)
     old = len(list(compare.stale(baseline.known, found)))
@@ -338,11 +340,11 @@ def gate(
         stale=old,
     )
     ran = any(known.status.ran for known in found.values())
-    code, verdict = _verdict(comparison, policy, ran)
+    code, verdict = _verdict(comparison, policy, ran, incomplete)
     return replace(comparison, verdict=verdict, exit_code=code)
 
 
-def _verdict(comparison: Comparison, policy: Policy, ran: bool) -> tuple[int, str]:
+def _verdict(comparison: Comparison, policy: Policy, ran: bool, incomplete: str) -> tuple[int, str]:
     """The exit code, and why in words."""
     failing = [change for change in comparison.changes if change.gates]
     idle = sum(change.kind is ChangeKind.NOT_RUN for change in comparison.changes)
@@ -352,6 +354,8 @@ def _verdict(comparison: Comparison, policy: Policy, ran: bool) -> tuple[int, st
     if failing:
         counts = ", ".join(_counted(change.kind for change in failing))
         return EXIT_FAILED, f"The gate fails: {counts}. Exit code 1.{also}"
+    if incomplete:
+        return EXIT_INCONCLUSIVE, f"The report is not whole ({incomplete}): exit code 3."
     if idle:
         return EXIT_INCONCLUSIVE, f"Nothing is worse among what ran, but{also} Exit code 3."
     if policy.strict and comparison.stale:

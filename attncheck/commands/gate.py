@@ -76,7 +76,9 @@ def gate(ctx: click.Context, /, **given: Any) -> None:
     file = _file(options)
     known = _selected(baselines.read(file), given)
     report = _report(options, given, known, ctx)
-    comparison = baselines.gate(known, report, policy, datetime.date.today(), str(file))
+    comparison = baselines.gate(
+        known, report, policy, datetime.date.today(), str(file), _incomplete(report)
+    )
     write(dataclasses.replace(report, comparison=comparison), outputs, options["verbose"])
     ctx.exit(comparison.exit_code)
 
@@ -117,7 +119,7 @@ def _report(
 
     The scan takes the values of the baseline, so that numbers differ by what was changed alone.
     """
-    from attncheck import saved, waivers
+    from attncheck import merging, saved, waivers
 
     if options["from"] is not None:
         beside = ("from_", "baseline", "allow", "strict", *_ABOUT_THE_REPORT)
@@ -129,10 +131,25 @@ def _report(
                     "two."
                 )
         report = saved.read_report(options["from"])
+        if "ignored" in report.environment:
+            # What its scan ignored is ignored here by today's date, and by configuration where there is one.
+            where = str(options["from"])
+            recorded = waivers.recorded(report.environment, where)
+            report = merging.judged_again(report, where)
+            return waivers.apply(report, options["waivers"] or recorded, datetime.date.today())
     else:
         seed = options["seed"] if options["seed"] is not None else known.seed
         report = guarded(lambda: run_scan({**options, "seed": seed}), options["verbose"], ctx)
     return waivers.apply(report, options["waivers"], datetime.date.today())
+
+
+def _incomplete(report: Report) -> str:
+    """What of its scan a report lacks, in words."""
+    from attncheck import merging
+
+    if missing := merging.missing_shards(report.environment):
+        return f"shard {', '.join(missing)} is missing"
+    return "it is one shard of a scan" if "shard" in report.environment else ""
 
 
 # The fields of a baseline's entry that an option of the command line selects by.

@@ -25,7 +25,11 @@ from attncheck.errors import UserError
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "format_", default="table", metavar="NAME", help="table, markdown, html, json, sarif, junit or github."
+    "--format",
+    "format_",
+    default="table",
+    metavar="NAME",
+    help="table (default), markdown, html, json, sarif, junit or github.",
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write to this file.")
 @click.option("-v", "--verbose", is_flag=True, help="List every case.")

@@ -210,6 +210,19 @@ def test_known_cases_that_could_not_be_run(accepted: Baseline) -> None:
     assert re.search(r"\d+ known cases could not be run", comparison.verdict)
 
 
+def test_a_part_of_a_scan_is_no_pass() -> None:
+    """Whatever the baseline knows: what was not scanned may be anything."""
+    report = sample_report.sample()
+    report = replace(
+        report, cases=tuple(r for r in report.cases if r.outcome.status is not Status.UNKNOWN)
+    )
+    known = baseline.load(written(report))
+    assert baseline.gate(known, report, Policy(), TODAY).exit_code == 0
+    part = baseline.gate(known, report, Policy(), TODAY, incomplete="shard 2/3 is missing")
+    assert part.exit_code == 3
+    assert "shard 2/3 is missing" in part.verdict
+
+
 def test_stale_entries_fail_under_strict_alone(accepted: Baseline) -> None:
     report = sample_report.sample()
     mended = replace(report, findings=report.findings[1:])  # whose finding is gone
