@@ -253,18 +253,19 @@ def _kind(old: Known | None, new: Known | None, expired: Mapping[str, str]) -> J
     if new.status is Status.UNKNOWN:
         same = old is not None and old.status is Status.UNKNOWN
         return (ChangeKind.UNCHANGED if same else ChangeKind.NOT_RUN), (), "the check itself failed"
+    worse = old is not None and old.status.ran and new.status.rank < old.status.rank
+    if expired and not worse:
+        days = ", ".join(sorted(set(expired.values())))
+        return ChangeKind.NEW, expired, f"accepted until {days}, which has passed"
     if old is None or not old.status.ran:
         return _first_seen(old, new)
     if not new.status.ran:
         # What says why it cannot be run any more (an extension that does not load) is a finding.
         gained = set(new.rules) - set(old.rules)
         return (ChangeKind.NEW, gained, "") if gained else (ChangeKind.NOT_RUN, old.rules, "")
-    if new.status.rank < old.status.rank:
+    if worse:
         kind = ChangeKind.WORSE if new.rules else ChangeKind.IGNORED
         return kind, new.rules, _numbers(old, new)
-    if expired:
-        days = ", ".join(sorted(set(expired.values())))
-        return ChangeKind.NEW, expired, f"accepted until {days}, which has passed"
     if new.status.rank > old.status.rank:
         gone = not new.rules and new.status.usable
         return (ChangeKind.FIXED if gone else ChangeKind.BETTER), old.rules, _numbers(old, new)

@@ -138,7 +138,12 @@ CASES: dict[str, tuple[Report, Collection[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("a plain tensor", "unasked communication")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
+)
 def test_a_finding_is_confirmed_by_the_script_that_is_printed(name: str, triage: Triage) -> None:
     report, parts = CASES[name]
     code, page, told = triage(report, "--finding", report.findings[0].fingerprint)
@@ -220,7 +225,10 @@ def test_flash_attn_without_its_extension(triage: Triage, tmp_path: Path) -> Non
     assert page.count("as it is: the call fails before it comes to a kernel.") == 2
 
 
-def test_a_script_that_never_ends_is_ended(tmp_path: Path) -> None:
+def test_a_script_that_never_ends_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confirming, "STOP_SECONDS", 2.0)
     mark = f"triage-{os.getpid()}"
     script = tmp_path / "repro.py"
     script.write_text(

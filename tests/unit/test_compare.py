@@ -116,6 +116,12 @@ def test_an_acceptance_that_expired_counts_as_new(until, kind: str) -> None:
     assert found.reason == "vendor ticket"
 
 
+def test_an_acceptance_of_what_cannot_be_loaded_expires_too() -> None:
+    old = replace(BROKEN, accepted={"ATN402": Accepted("wheel to come", datetime.date(2020, 1, 1))})
+    assert change(old, BROKEN).kind is ChangeKind.NEW
+    assert change(replace(old, accepted={}), BROKEN).kind is ChangeKind.UNCHANGED
+
+
 def test_what_expired_and_is_fixed_is_no_finding() -> None:
     old = replace(MISSING, accepted={"ATN101": Accepted("x", datetime.date(2020, 1, 1))})
     assert change(old, RIGHT).kind is ChangeKind.FIXED
