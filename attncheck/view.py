@@ -327,34 +327,39 @@ def build(report: Report) -> View:
 
 def _shown(report: Report) -> Report:
     """The report, cleaned, with what a view shows of each case: the rest is nine tenths of its text."""
-    return clean_tree(dataclasses.replace(report, cases=tuple(map(_shown_case, report.cases))))
+    return dataclasses.replace(
+        report,
+        environment=clean_tree(report.environment),
+        cases=tuple(map(_shown_case, report.cases)),
+        findings=clean_tree(report.findings),
+    )
 
 
 def _shown_case(result: CaseResult) -> CaseResult:
     case, outcome = result.case, result.outcome
-    name = {"name": case.setting["name"]} if "name" in case.setting else {}
+    name = {"name": clean(str(case.setting["name"]))} if "name" in case.setting else {}
     return CaseResult(
         Case(
-            id=case.id,
-            probe=case.probe,
-            operator=case.operator,
-            route=case.route,
+            id=clean(case.id),
+            probe=clean(case.probe),
+            operator=clean(case.operator),
+            route=clean(case.route),
             setting=name,
-            mesh=case.mesh,
-            placement=case.placement,
+            mesh={clean(axis): size for axis, size in case.mesh.items()},
+            placement=clean(case.placement),
             placements={},
-            direction=case.direction,
+            direction=clean(case.direction),
         ),
         Outcome(
             outcome.status,
-            outcome.message,
-            outcome.kernel_op,
+            clean(outcome.message),
+            clean(outcome.kernel_op),
             outcome.reason,
-            outcome.exception_type,
-            missing_ops=outcome.missing_ops,
-            collectives=outcome.collectives,
-            spread=outcome.spread,
-            standins=outcome.standins,
+            clean(outcome.exception_type),
+            missing_ops=clean_tree(outcome.missing_ops),
+            collectives=clean_tree(outcome.collectives),
+            spread={clean(name): spread for name, spread in outcome.spread.items()},
+            standins=clean_tree(outcome.standins),
         ),
         result.before,
     )

@@ -111,13 +111,15 @@ def _issue(
 ) -> bool:
     """Whether any script shows its finding."""
     from attncheck.files import write_text
+    from attncheck.runner.launch import terminable
     from attncheck.saved import read_report
     from attncheck.triage import issue
 
     for probe in probes:
         log(f"running the code of {probe}")
     request = issue.Request(read_report(file), file.name, finding, project, probes, with_)
-    written = issue.write(request, log)
+    with terminable():
+        written = issue.write(request, log)
     if scripts is not None:
         issue.keep(written, scripts, log)
     if output is None:

@@ -217,10 +217,9 @@ def _remedies(entry: Entry, level: str, shown: Shown) -> Iterable[str]:
     yield f"{level}# What may mend it"
     for at, remedy in ordered[: shown.remedies]:
         yield f"{prose(remedy.text)} (*{prose(remedy.proof)}*)"
-        if remedy.code and at == finding.first_remedy:
-            yield block(remedy.code, "python")
-        elif remedy.code:
-            yield details("code", block(remedy.code, "python"))
+        body = block(remedy.code, "shell" if remedy.code.startswith("attncheck ") else "python")
+        if remedy.code:
+            yield body if at == finding.first_remedy else details("code", body)
         evidence = entry.reproduction.finding.remedies[at].evidence
         if remedy.proven and shown.cases:
             lines = [one_line(case, 300) for case in evidence[: shown.cases]]

@@ -191,20 +191,19 @@ def _head(subject: Subject) -> list[str]:
 
 def _tail(subject: Subject) -> list[str]:
     if subject.claim.kind is Kind.DIVERGES:
-        # Ranks that part cannot wait for each other.
+        # With the store, not with a collective: ranks that parted never meet again.
         return [
-            f"{FIRST}",
-            '    print("BUG" if bug else "ok", flush=True)',
+            *_VERDICT,
+            'store.set(f"done {dist.get_rank()}", "")',
+            f'store.wait([f"done {{rank}}" for rank in range({subject.ranks})])',
             "os._exit(int(bug))",
         ]
     return _end()
 
 
+# Before ranks leave: torchrun ends the others with the first one that exits with 1.
+_VERDICT = (FIRST, '    print("BUG" if bug else "ok", flush=True)')
+
+
 def _end() -> list[str]:
-    return [
-        "dist.barrier()",
-        FIRST,
-        '    print("BUG" if bug else "ok", flush=True)',
-        "dist.destroy_process_group()",
-        "sys.exit(int(bug))",
-    ]
+    return [*_VERDICT, "dist.barrier()", "dist.destroy_process_group()", "sys.exit(int(bug))"]

@@ -154,17 +154,18 @@ def reproduce(shop: Workshop, finding: Finding, log: Log) -> Reproduction:
 @dataclass(frozen=True)
 class Draft:
     """A script, and how it is to be run: `on_standins`, with ours in the place of what is not here;
-    `on_gpus`: it takes some where there are some."""
+    `on_gpus`: it takes some where there are some. `alone`: it calls nothing but the kernel op."""
 
     text: str
     ranks: int
     on_standins: bool = False
     on_gpus: bool = False
+    alone: bool = False
 
 
 def _attempt(shop: Workshop, finding: Finding, candidate: Candidate) -> Reproduction:
     """The scripts of one case, run one after the other until one shows the finding. Raises NotWritten."""
-    op = candidate.claim.op if candidate.by_itself else ""
+    op = candidate.claim.op if candidate.claim.kind is Kind.REFUSED else ""
     transcript = calls.transcribe(
         candidate.file, candidate.operator, candidate.setting, op, shop.path
     )
@@ -180,23 +181,23 @@ def _drafts(candidate: Candidate, transcript: calls.Transcript) -> Iterator[Draf
     """What to try, the simplest to run first. Raises NotWritten."""
     claim, operator = candidate.claim, candidate.operator
     if candidate.by_itself:
-        if transcript.op is None:
-            raise NotWritten(f"{claim.op} is not reached by the call of {operator.name}")
-        imports = calls.registering(claim.op.partition(".")[0])
-        header = Header(_title(claim, candidate), _ANY_RANKS, imports, _stubs(candidate))
-        text = scripts.of_an_op(header, transcript.op, _plain(candidate))
-        yield Draft(text, _ANY_RANKS)
-        if operator.standins:
-            yield Draft(text, _ANY_RANKS, on_standins=True)
+        yield from _by_itself(candidate, transcript)
         return
     if claim.kind is Kind.DRIFT and not transcript.float64:
         raise NotWritten("the operator takes no float64, which drift is measured against")
+    try:
+        call = calls.written(transcript, operator, candidate.setting)
+    except NotWritten:
+        if transcript.op is None:
+            raise
+        yield from _by_itself(candidate, transcript)
+        return
     subject = Subject(
         candidate.case,
         candidate.setting,
         operator.tensors(candidate.setting),
         claim,
-        calls.written(transcript, operator, candidate.setting),
+        call,
         _title(claim, candidate),
         compiled=_compiled(candidate),
     )
@@ -218,6 +219,19 @@ def _drafts(candidate: Candidate, transcript: calls.Transcript) -> Iterator[Draf
         if environment.gpu() != "none":
             yield Draft(text, subject.ranks, on_gpus=True)
         yield Draft(text, subject.ranks, on_standins=True, on_gpus=True)
+
+
+def _by_itself(candidate: Candidate, transcript: calls.Transcript) -> Iterator[Draft]:
+    """The kernel op alone, which is refused however its tensors are placed. Raises NotWritten."""
+    claim = candidate.claim
+    if transcript.op is None:
+        raise NotWritten(f"{claim.op} is not reached by the call of {candidate.operator.name}")
+    imports = calls.registering(claim.op.partition(".")[0])
+    header = Header(_title(claim, candidate), _ANY_RANKS, imports, _stubs(candidate))
+    text = scripts.of_an_op(header, transcript.op, _plain(candidate))
+    yield Draft(text, _ANY_RANKS, alone=True)
+    if candidate.operator.standins:
+        yield Draft(text, _ANY_RANKS, on_standins=True, alone=True)
 
 
 def _confirm(shop: Workshop, finding: Finding, candidate: Candidate, draft: Draft) -> Reproduction:
@@ -266,6 +280,10 @@ def _how(shop: Workshop, candidate: Candidate, draft: Draft) -> str:
         told += " on a CPU, as it is: the call fails before it comes to a kernel."
     else:
         told += " on a CPU, as it is."
+    if draft.alone:
+        told += (
+            " The op is called by itself: in the operator another one is refused in front of it."
+        )
     packages = shop.report.environment.get("packages")
     of = str(packages.get("torch", "")) if isinstance(packages, Mapping) else ""
     return told if of in ("", versions["torch"]) else f"{told} (The report is of torch {of}.)"

@@ -155,3 +155,59 @@ def test_a_long_report_still_fits_into_a_github_issue() -> None:
     text = render(replace(report, findings=many))
     assert len(text) < GITHUB_LIMIT
     assert all(f"ATN1{n:02}" in text for n in range(60))
+
+
+def many_meshes(meshes: int) -> Report:
+    """As a scan of all operators on many meshes: placements and cases multiply, and so do other lists."""
+    report = sample_report.sample()
+    results = tuple(
+        replace(
+            r,
+            case=replace(
+                r.case,
+                id=f"{r.case.id}/{at}",
+                operator=f"{r.case.operator}.{at % 7}",
+                placement=",".join([r.case.placement] * (1 + at % 3)),
+                mesh={f"axis{n}": 2 for n in range(1 + at % 3)},
+            ),
+        )
+        for at in range(meshes)
+        for r in report.cases
+    )
+    findings = tuple(
+        replace(f, fingerprint=f"{at}{f.fingerprint}", message="A line that says much.\n" * 60)
+        for at in range(meshes)
+        for f in report.findings
+    )
+    environment = {
+        **report.environment,
+        "packages": {f"a-package-{at}": "1.2.3" for at in range(meshes * 40)},
+        "standins": ["What a stand-in says of itself. " * 10] * meshes,
+        "notes": ["A note. " * 30] * meshes,
+    }
+    return replace(report, cases=results, findings=findings, environment=environment)
+
+
+@pytest.mark.parametrize("meshes", [3, 20])
+@pytest.mark.parametrize("unicode", [True, False])
+def test_whatever_is_scanned_the_report_fits_into_an_issue(meshes: int, unicode: bool) -> None:
+    report = many_meshes(meshes)
+    text = render(report, unicode=unicode)
+    assert len(text) < GITHUB_LIMIT
+    assert "## Environment" in text
+    assert len(render(report, verbose=True)) > GITHUB_LIMIT  # asked for, it is all there
+
+
+def test_a_report_that_nothing_shortens_says_what_is_left_out() -> None:
+    """Thousands of placements make a matrix whose every row is too long."""
+    report = sample_report.sample()
+    results = tuple(
+        replace(r, case=replace(r.case, id=f"{n}", placement=f"placement_{n}"))
+        for n, r in enumerate(report.cases * 3)
+    )
+    text = render(replace(report, cases=results))
+    assert len(text) < GITHUB_LIMIT
+    assert text.endswith(
+        "The rest is left out: an issue would not hold it (all in --output json).\n"
+    )
+    assert "## Findings" in text
