@@ -195,6 +195,7 @@ def test_the_printed_script_runs_alone(triage: Triage, tmp_path: Path) -> None:
     assert done.stdout.endswith("\nBUG\n")
 
 
+@pytest.mark.slow
 def test_flash_attn_without_its_extension(triage: Triage, tmp_path: Path) -> None:
     """The call never comes to a kernel: an empty module in its place is enough for anybody."""
     op = "flash_attn._flash_attn_forward.default"
@@ -225,9 +226,7 @@ def test_flash_attn_without_its_extension(triage: Triage, tmp_path: Path) -> Non
     assert page.count("as it is: the call fails before it comes to a kernel.") == 2
 
 
-def test_a_script_that_never_ends_is_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_script_that_never_ends_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confirming, "STOP_SECONDS", 2.0)
     mark = f"triage-{os.getpid()}"
     script = tmp_path / "repro.py"
