@@ -148,7 +148,7 @@ def test_the_action_gates(tmp_path: Path, report: Any, code: int) -> None:
     lines = done.stdout.splitlines()
     assert all(re.match(r"::(error|warning|notice) ", line) for line in lines)
     assert (code == 1) == any("title=worse%3A ATN101" in line for line in lines)
-    assert (tmp_path / "summary.md").read_text().startswith("# attncheck report\n")
+    assert (tmp_path / "summary.md").read_text().startswith(f"# {compared['verdict']}\n")
 
 
 def test_the_action_says_where_the_pin_is(tmp_path: Path) -> None:
