@@ -123,21 +123,24 @@ def fits(page: Page) -> bool:
 
 
 def _text(page: Page, shown: Shown) -> str:
-    parts: list[str] = []
-    level = "#"
+    environment = _environment(page)
     if page.title:
-        level = "##"
-        parts += [f"# {prose(page.title)}", _summary(page)]
-    for entry in page.confirmed if page.title else page.entries:
-        parts += _entry(entry, level, shown)
-    if page.title:
+        entries = [part for entry in page.confirmed for part in _entry(entry, "##", shown)]
+        parts = [f"# {prose(page.title)}", _summary(page), environment, *entries]
         parts += _others(page, shown)
-    parts.append("## Environment of the scan")
-    shown_ones = page.confirmed if page.title else page.entries
-    standins = dict.fromkeys(text for entry in shown_ones for text in entry.standins)
-    pairs = [*page.environment, *(("stand-in", one_line(text)) for text in standins)]
-    parts.append("\n".join(f"- {name}: {prose(text)}" for name, text in pairs))
+    else:
+        (entry,) = page.entries
+        title, sentence, *rest = _entry(entry, "#", shown)
+        parts = [title, sentence, environment, *rest]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _environment(page: Page) -> str:
+    shown = page.confirmed if page.title else page.entries
+    standins = dict.fromkeys(text for entry in shown for text in entry.standins)
+    pairs = [*page.environment, *(("stand-in", one_line(text)) for text in standins)]
+    lines = (f"- {name}: {prose(text)}" for name, text in pairs)
+    return "\n".join(["## Environment of the scan", "", *lines])
 
 
 def _summary(page: Page) -> str:

@@ -31,7 +31,12 @@ EXITS = {"scan": {0, 1}, "hunt": {0, 1}, "fix": {0}}
 # Nor has every operator of a package to be mended to see that the command does it.
 SHORTER = {"hunt": ("--minutes", "0.6"), "fix": ("--operator", "flash_attn_func")}
 # The second scans with what the first wrote; test_fix.py does both with a smaller op in every run.
-SLOW = ("attncheck hunt", "attncheck fix", "attncheck scan --with flash-attn --operator")
+SLOW = (
+    "attncheck hunt",
+    "attncheck fix",
+    "attncheck scan --with flash-attn --operator",
+    "attncheck report report.json --format markdown --for",
+)
 
 
 def run(line: str, folder: Path, *extra: str) -> subprocess.CompletedProcess[str]:

@@ -47,6 +47,7 @@ def test_a_finding_has_what_a_maintainer_asks_for() -> None:
     text = page.render(of(report, confirmed(finding)))
     parts = (
         "# `aten.bmm` has no sharding strategy\n",
+        "## Environment of the scan\n\n- packages: ",
         "`torchrun --nproc-per-node 4 repro.py`. Confirmed with torch 2.13.0 on a CPU, as it is.",
         f"```python\n{SCRIPT.rstrip()}\n```",
         "## Expected\n\nThe call goes through.",
@@ -54,7 +55,6 @@ def test_a_finding_has_what_a_maintainer_asks_for() -> None:
         "| operator ",
         "## What may mend it",
         f"fingerprint `{finding.fingerprint}`",
-        "## Environment of the scan\n\n- packages: ",
     )
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
