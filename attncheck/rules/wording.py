@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from attncheck.text import count as count
+from attncheck.text import size as size
+
 LISTED = 6  # names in a list before it says "and N more"
 TITLE_WIDTH = 110  # of quoted text in a one-line title
-
-
-def count(number: int, noun: str) -> str:
-    """
-    >>> count(1, "case"), count(12, "case")
-    ('1 case', '12 cases')
-    """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def listing(names: Iterable[str], limit: int = LISTED) -> str:
@@ -35,19 +30,6 @@ def first_line(text: str, width: int = 400) -> str:
 
 def number(value: float) -> str:
     return f"{value:.3g}"
-
-
-def size(count_of_bytes: int) -> str:
-    """
-    >>> size(512), size(1572864)
-    ('512 B', '1.5 MiB')
-    """
-    value = float(count_of_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} GiB"
 
 
 def duration(milliseconds: float) -> str:
