@@ -14,6 +14,7 @@ hypothesis.settings.register_profile("attncheck", deadline=None)
 hypothesis.settings.load_profile("attncheck")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n 2 --dist loadgroup`: what starts processes of its own runs one after the other, as it expects,
     and the unit tests beside it."""
