@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -14,10 +15,15 @@ hypothesis.settings.register_profile("attncheck", deadline=None)
 hypothesis.settings.load_profile("attncheck")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`: what starts processes of its own runs one after the other, as it expects,
-    and the unit tests beside it."""
-    for item in items:
-        if "unit" not in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("processes"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2`: what starts processes of its own runs on one worker, one after the other as it expects, and
+    the unit tests on the other beside it."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BesideProcesses(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.startswith("tests/unit/") else "processes"
+
+    return BesideProcesses(config, log)
