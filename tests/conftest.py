@@ -17,8 +17,8 @@ hypothesis.settings.load_profile("attncheck")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2`: what starts processes of its own runs on one worker, one after the other as it expects, and
-    the unit tests on the other beside it."""
+    """With `-n 2`: what starts processes of its own runs on one worker, one after the other as it expects,
+    and the unit tests on the other beside it."""
     from xdist.scheduler import LoadScopeScheduling
 
     class BesideProcesses(LoadScopeScheduling):
