@@ -7,6 +7,7 @@ import html
 import json
 from pathlib import Path
 
+import pytest
 import sample_report
 from chromium import chromium
 from playwright.sync_api import Browser
@@ -60,6 +61,7 @@ def seconds_to_matrix(browser: Browser, file: Path, runs: int = 3) -> float:
     return min(times)
 
 
+@pytest.mark.slow
 def test_five_thousand_cases_beside_a_plain_table(tmp_path: Path) -> None:
     report = many_cases()
     text = plugins.load_format("html").render(report, options=RenderOptions())

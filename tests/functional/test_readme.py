@@ -31,7 +31,10 @@ EXITS = {"scan": {0, 1}, "hunt": {0, 1}, "fix": {0}}
 # Nor has every operator of a package to be mended to see that the command does it.
 SHORTER = {"hunt": ("--minutes", "0.6"), "fix": ("--operator", "flash_attn_func")}
 # The second scans with what the first wrote; test_fix.py does both with a smaller op in every run.
+# Of scans the default run has the main job above, and those of test_known_verdicts.py and test_cli.py.
 SLOW = (
+    "attncheck scan --level quick",
+    "attncheck scan --operator fallback.matmul --mesh",
     "attncheck hunt",
     "attncheck fix",
     "attncheck scan --with flash-attn --operator",

@@ -28,6 +28,8 @@ LEVEL_OF = {
     "2.8.0.post2": "default",
     NEWEST: "full",
 }
+# Each is a package to install and to run: in every run the oldest, the first with dispatcher ops, the newest.
+ALWAYS = ("2.5.9.post1", "2.7.0.post2", NEWEST)
 # What 2.5 did not have yet.
 OLD = "2.5.9.post1"
 LATER = {"softcap": "softcap", "lse": "return_softmax_lse"}
@@ -41,7 +43,13 @@ def package(version: str) -> Path:
     return provision.ensure(provision.parse(f"flash-attn=={version}"), log=print)
 
 
-@pytest.fixture(scope="module", params=LEVEL_OF)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(version, marks=[] if version in ALWAYS else [pytest.mark.slow])
+        for version in LEVEL_OF
+    ],
+)
 def measured(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """The version, and {operator/setting: {tensor: [error, bound]}} or a refusal's text."""
     script = Path(__file__).with_name("flash_attn_errors.py")
