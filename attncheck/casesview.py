@@ -24,12 +24,12 @@ from attncheck.model import (
     Report,
     Status,
 )
+from attncheck.surroundings import in_words
 from attncheck.text import clean_tree, one_line, size
 from attncheck.view import (
     STYLES,
     View,
     communication,
-    in_words,
     mesh_text,
     operator_name,
     setting_name,

@@ -20,7 +20,8 @@ from attncheck.errors import UserError
 from attncheck.model import UNPLANNED, CaseResult, Report, from_json, to_json
 from attncheck.runner import crosscheck
 from attncheck.sharding import Share
-from attncheck.view import count, in_words, listing
+from attncheck.surroundings import in_words
+from attncheck.text import count, listing
 
 
 @dataclass(frozen=True)
