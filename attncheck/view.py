@@ -36,13 +36,7 @@ from attncheck.model import (
     worst,
 )
 from attncheck.probing import PATTERNS
-from attncheck.text import clean as clean
-from attncheck.text import clean_tree as clean_tree
-from attncheck.text import count as count
-from attncheck.text import listing as listing
-from attncheck.text import one_line as one_line
-from attncheck.text import seconds as seconds
-from attncheck.text import size as size
+from attncheck.text import clean, clean_tree, count, listing, one_line, size
 
 T = TypeVar("T")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from attncheck.changes import ChangeGroup, ComparisonView, word
 from attncheck.markup import ISSUE_LENGTH, block, code, details, prose, table
 from attncheck.model import Report, Severity
+from attncheck.text import count, listing, one_line
 from attncheck.view import (
     EXIT_CODES,
     STYLES,
@@ -24,9 +25,6 @@ from attncheck.view import (
     View,
     Works,
     build,
-    count,
-    listing,
-    one_line,
 )
 
 NAME = "markdown"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from attncheck.changes import ChangeGroup, ComparisonView, word
 from attncheck.model import ChangeKind, Report, Severity, Status
+from attncheck.text import count, listing
 from attncheck.view import (
     BOTH,
     EXIT_CODES,
@@ -24,8 +25,6 @@ from attncheck.view import (
     View,
     Works,
     build,
-    count,
-    listing,
 )
 
 NAME = "table"
