@@ -8,9 +8,7 @@ a module of it, which is loaded as a file like the others. Loading one runs its 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
-import inspect
 import re
 import sys
 import types
@@ -210,6 +208,8 @@ def register_fix(path: Path) -> dict[str, str]:
         raise UserError(
             f"Fix file {path} defines no register(); expected one that attncheck wrote."
         )
+    import inspect
+
     takes = inspect.signature(register).parameters
     became = register(required=False) if "required" in takes else register()
     return dict(became) if isinstance(became, dict) else {}
@@ -315,6 +315,8 @@ def _module_name(path: Path, shelf: Shelf) -> str:
     """Unique per file: built-in ones by their stem, the user's with a hash of their path."""
     if path.parent == builtin_dir(shelf):
         return f"{NAMESPACE}.{shelf}.{path.stem}"
+    import hashlib
+
     stem = re.sub(r"\W", "_", path.stem)
     return f"{NAMESPACE}.{shelf}.user_{stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 

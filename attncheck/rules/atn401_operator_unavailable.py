@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from attncheck.model import CaseResult, Finding, Reason, Remedy, Severity
-from attncheck.provision import PROVISIONABLE
 from attncheck.rules import remedies, unavailable, wording
 from attncheck.rules.base import Group, Rule, operators
 
@@ -99,6 +98,10 @@ def _package(group: Group) -> list[Remedy]:
     missing = _with_reason(group, Reason.PACKAGE_MISSING)
     if not missing:
         return []
+    from attncheck.provision import (
+        PROVISIONABLE,
+    )  # which costs more than all rules: `explain` needs none
+
     wanted = sorted({_requirement(r.outcome.message) for r in missing} - {""})
     named = {_bare(name) for name in wanted or [missing[0].case.probe]}
     if brought := [name for name in PROVISIONABLE if name in named]:
