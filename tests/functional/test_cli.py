@@ -255,6 +255,7 @@ def test_a_probe_that_does_not_load_costs_nobody_else(tmp_path: Path) -> None:
     assert "surely_not_installed" in done.stderr
 
 
+@pytest.mark.slow  # test_fix.py and the oracle scan meshes of two axes in every run
 def test_two_axes(tmp_path: Path) -> None:
     arguments = ["scan", "--operator", "fallback.matmul", "--setting", "plain", "--mesh", "2x2"]
     done = attncheck(*arguments, "--placement", "batch,h*", "-o", "json:r.json", cwd=tmp_path)
