@@ -27,7 +27,9 @@ from attncheck.model import (
     Report,
     Severity,
     Status,
+    mesh_id,
 )
+from attncheck.surroundings import in_words
 
 # How much an error (in parts of its bound) may grow before it is no noise of the values, measured by
 # tests/oracle/gate_noise.py. Of one set of values each; and of medians over many, which say more.
@@ -61,7 +63,7 @@ class Key:
 
 def key_of(case: Case) -> Key:
     setting = str(case.setting.get("name", UNPLANNED))
-    mesh = "x".join(f"{axis}={size}" for axis, size in case.mesh.items())
+    mesh = mesh_id(case.mesh)
     return Key(case.operator, setting, case.route, mesh, case.placement, case.direction)
 
 
@@ -125,7 +127,8 @@ def kinds(names: Iterable[str]) -> tuple[ChangeKind, ...]:
 
 
 def recall(report: Report) -> dict[Key, Known]:
-    """What a report knows of each case; of two with the same key, the worse one."""
+    """What a report knows of each case. Of two with the same key the worse one counts, and before it one whose
+    check failed: nothing may pass for what the other says."""
     rules: dict[str, dict[str, Severity]] = {}
     for finding in report.findings:
         if finding.severity is Severity.INFO or finding.rule in (*UNJUDGED, *TIMED):
@@ -135,9 +138,13 @@ def recall(report: Report) -> dict[Key, Known]:
     known: dict[Key, Known] = {}
     for result in report.cases:
         key, one = key_of(result.case), _known(result, rules.get(result.case.id, {}))
-        if key not in known or one.status.rank < known[key].status.rank:
+        if key not in known or _precedence(one) < _precedence(known[key]):
             known[key] = one
     return known
+
+
+def _precedence(known: Known) -> tuple[bool, int]:
+    return known.status is not Status.UNKNOWN, known.status.rank
 
 
 def _known(result: CaseResult, rules: Mapping[str, Severity]) -> Known:
@@ -349,16 +356,12 @@ def facts(environment: Mapping[str, Any]) -> dict[str, str]:
         out = {name: str(packages[name]) for name in names}
     for name in _FACTS:
         if environment.get(name) not in (None, "", [], {}):
-            out[name.replace("_", " ")] = _text(environment[name])
+            value = environment[name]
+            # Of fixes the files are named; what became of each op is in the report.
+            out[name.replace("_", " ")] = in_words(
+                [*value] if isinstance(value, Mapping) else value
+            )
     return out
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}" for key in value)
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_text, value))
-    return str(value)
 
 
 def differences(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[Difference, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from attncheck import rules, waivers
 from attncheck.errors import UserError
 from attncheck.model import UNPLANNED, CaseResult, Report, from_json, to_json
 from attncheck.runner import crosscheck
+from attncheck.runner.scan import describe_meshes
 from attncheck.sharding import Share
 from attncheck.surroundings import in_words
 from attncheck.text import count, listing
@@ -208,7 +208,8 @@ def _environment(parts: Sequence[Part], cases: Sequence[CaseResult]) -> dict[str
     for key, join in _JOINS.items():
         if key in out:
             out[key] = join([env[key] for env in envs if key in env])
-    out |= _meshes(cases)
+    if cases:
+        out |= describe_meshes(result.case for result in cases)
     seeds = _distinct(env["seed"] for env in envs if "seed" in env)
     if len(seeds) > 1:
         out["seeds"] = seeds
@@ -258,15 +259,6 @@ def _shards(parts: Sequence[Part]) -> list[dict[str, Any]]:
             )
         out.append({"of": of, "joined": sorted(joined), "missing": sorted(missing)})
     return out
-
-
-def _meshes(cases: Sequence[CaseResult]) -> dict[str, Any]:
-    """As a scan of all the cases says it."""
-    meshes = _distinct([dict(result.case.mesh) for result in cases])
-    if not meshes:
-        return {}
-    ranks = max(math.prod(mesh.values()) for mesh in meshes)
-    return {"ranks": ranks, "mesh": meshes[0] if len(meshes) == 1 else meshes}
 
 
 # --- values from anywhere: an environment is free-form JSON ------------------------------------------

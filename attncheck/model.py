@@ -147,8 +147,15 @@ def case_id(
     >>> case_id("sdpa", "sdpa[MATH]", "causal", "dtensor", {"tp": 2}, "heads", "forward")
     'sdpa/sdpa[MATH]/causal/dtensor/tp=2/heads/forward'
     """
-    axes = "x".join(f"{axis}={size}" for axis, size in mesh.items())
-    return "/".join([probe, operator, setting, route, axes, placement, direction])
+    return "/".join([probe, operator, setting, route, mesh_id(mesh), placement, direction])
+
+
+def mesh_id(mesh: Mapping[str, int]) -> str:
+    """
+    >>> mesh_id({"dp": 2, "tp": 4})
+    'dp=2xtp=4'
+    """
+    return "x".join(f"{axis}={size}" for axis, size in mesh.items())
 
 
 @dataclass(frozen=True)

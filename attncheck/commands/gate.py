@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from attncheck.model import Report
 
 # Options of a scan that say what becomes of its report, and mean the same for a saved one.
-_ABOUT_THE_REPORT = ("fail_on", "output", "quiet", "verbose", "select", "ignore")
+_ABOUT_THE_REPORT = ("fail_on", "output", "quiet", "verbose")
 
 _from_option = click.option(
     "--from",
@@ -223,8 +223,15 @@ def prune(ctx: click.Context, /, **given: Any) -> None:
     file = _file(options)
     old = baselines.read(file)
     _check_writable(file)
-    beside = {key: one for key, one in old.known.items() if key not in _selected(old, given).known}
-    rewritten = baselines.pruned(_selected(old, given), _report(options, given, old, ctx))
+    chosen = _selected(old, given)
+    beside = {key: one for key, one in old.known.items() if key not in chosen.known}
+    report = _report(options, given, old, ctx)
+    if lacking := _incomplete(report):
+        raise UserError(
+            f"The report is not whole ({lacking}): expected one of all cases, for what it lacks would be "
+            "pruned."
+        )
+    rewritten = baselines.pruned(chosen, report)
     pruned = rewritten.baseline
     rewritten = dataclasses.replace(
         rewritten, baseline=dataclasses.replace(pruned, known={**beside, **pruned.known})

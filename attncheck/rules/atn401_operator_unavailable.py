@@ -98,9 +98,8 @@ def _package(group: Group) -> list[Remedy]:
     missing = _with_reason(group, Reason.PACKAGE_MISSING)
     if not missing:
         return []
-    from attncheck.provision import (
-        PROVISIONABLE,
-    )  # which costs more than all rules: `explain` needs none
+    # To import it takes longer than all rules, and `attncheck explain` needs none of it.
+    from attncheck.provision import PROVISIONABLE
 
     wanted = sorted({_requirement(r.outcome.message) for r in missing} - {""})
     named = {_bare(name) for name in wanted or [missing[0].case.probe]}

@@ -81,3 +81,9 @@ def test_a_shard_alone_passes_no_gate(run) -> None:
     done = run("gate", "--from", "part.json")
     assert done.exit_code == 3
     assert "one shard of a scan" in done.output
+    # Nor does it prune what the other shards have.
+    before = Path("attncheck-baseline.json").read_bytes()
+    done = run("baseline", "prune", "--from", "part.json")
+    assert done.exit_code == 2
+    assert "one shard of a scan" in done.output
+    assert Path("attncheck-baseline.json").read_bytes() == before

@@ -13,7 +13,7 @@ from hypothesis import Phase, given, settings
 from attncheck import compare
 from attncheck.compare import Accepted, Key, Known, Measured, Policy
 from attncheck.errors import UserError
-from attncheck.model import ChangeKind, ErrorStat, Report, Severity, Spread, Status
+from attncheck.model import ChangeKind, ErrorStat, Outcome, Report, Severity, Spread, Status
 
 KEY = Key("sdpa", "causal", "dtensor", "tp=2", "heads", "forward")
 TODAY = datetime.date(2026, 11, 29)
@@ -173,6 +173,14 @@ def test_numbers_are_those_of_the_tensor_nearest_to_its_bound() -> None:
     outcome = replace(outcome, spread={"grad.q": spread})
     (known,) = compare.recall(Report({}, (replace(result, outcome=outcome),), ())).values()
     assert known.measured == Measured(8e-7, 4e-7, 0.25, repeats=9)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_two_with_one_key_a_failed_check_counts(turned: bool) -> None:
+    result = sample_report.results()[0]
+    pair = [replace(result, outcome=Outcome(status)) for status in (Status.HANG, Status.UNKNOWN)]
+    (known,) = compare.recall(Report({}, tuple(pair[::-1] if turned else pair), ())).values()
+    assert known.status is Status.UNKNOWN
 
 
 def test_seconds_and_notes_gate_nothing() -> None:
