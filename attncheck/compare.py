@@ -127,8 +127,8 @@ def kinds(names: Iterable[str]) -> tuple[ChangeKind, ...]:
 
 
 def recall(report: Report) -> dict[Key, Known]:
-    """What a report knows of each case. Of two with the same key the worse one counts, and before it one whose
-    check failed: nothing may pass for what the other says."""
+    """What a report knows of each case. Of two with the same key the worse one counts, and before it one
+    whose check failed: nothing may pass for what the other says."""
     rules: dict[str, dict[str, Severity]] = {}
     for finding in report.findings:
         if finding.severity is Severity.INFO or finding.rule in (*UNJUDGED, *TIMED):
