@@ -95,8 +95,8 @@ def _entry(key: Key, rule: str, known: Known) -> dict[str, Any]:
 
 
 def _short(number: float) -> float:
-    """Three digits: more would only make lines differ. (The largest floats would be rounded to infinity.)"""
-    return float(f"{min(number, 1e300):.3g}")
+    """Three digits: more would only make lines differ."""
+    return float(f"{number:.3g}")
 
 
 def read(file: Path) -> Baseline:
@@ -264,10 +264,9 @@ def updated(old: Baseline, report: Report) -> Rewritten:
             known[key] = _keeping(before, new)
     beside = {key: one for key, one in old.known.items() if key not in found}
     seed = report.environment.get("seed")
+    is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63
     baseline = Baseline(
-        {**known, **beside},
-        compare.facts(report.environment),
-        seed if isinstance(seed, int) and 0 <= seed < 2**63 else None,
+        {**known, **beside}, compare.facts(report.environment), seed if is_seed else None
     )
     return Rewritten(baseline, added, changed, kept=len(beside), left_out=left_out)
 

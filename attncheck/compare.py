@@ -7,7 +7,6 @@ only where both sides have a right result: how wrong a wrong result is says noth
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +34,7 @@ from attncheck.surroundings import in_words
 # tests/oracle/gate_noise.py. Of one set of values each; and of medians over many, which say more.
 NOISE, NOISE_OF_MEDIANS, MANY = 3.0, 1.5, 10
 FLOOR = 0.3  # below it an error is a lucky one, and not what its growth is counted from
+LARGEST = 1e300  # beyond it an error is as good as infinite, and a baseline could not round it
 # Rules about seconds: machines of CI are shared, and no gate can rest on them.
 TIMED = ("ATN302",)
 # Rules about what grows where the status stays: rounding, and unasked communication.
@@ -162,7 +162,7 @@ def _measured(outcome: Outcome) -> Measured | None:
     finite = {
         name: stat
         for name, stat in outcome.errors.items()
-        if all(0 <= number < math.inf for number in (stat.max, stat.unsharded_max, stat.ratio))
+        if all(0 <= number < LARGEST for number in (stat.max, stat.unsharded_max, stat.ratio))
     }
     if not finite:
         return None
@@ -171,7 +171,7 @@ def _measured(outcome: Outcome) -> Measured | None:
     spreads = {
         name: spread
         for name, spread in outcome.spread.items()
-        if name in finite and spread.repeats > 1 and 0 <= spread.ratio_median < math.inf
+        if name in finite and spread.repeats > 1 and 0 <= spread.ratio_median < LARGEST
     }
     ratios |= {name: spread.ratio_median for name, spread in spreads.items()}
     worst = max(ratios, key=lambda name: (ratios[name], name))
