@@ -24,10 +24,11 @@ RELEVANT = (
 )  # fmt: skip
 
 
-def packages(path: Iterable[str] = ()) -> dict[str, str]:
-    """Versions of the relevant distributions that are installed, also on the extra folders `path`."""
+def packages(path: Iterable[str] = (), here: bool = True) -> dict[str, str]:
+    """Versions of the relevant distributions that are installed in the folders `path` and, unless they are of
+    another environment, `here`."""
     found: dict[str, str] = {}
-    search = [*path, *sys.path]
+    search = [*path, *(sys.path if here else ())]
     for name in RELEVANT:
         for distribution in importlib.metadata.distributions(name=name, path=search):
             found[name] = distribution.version
@@ -41,13 +42,14 @@ def is_installed(distribution: str, path: Iterable[str] = ()) -> bool:
     return any(True for _ in importlib.metadata.distributions(name=distribution, path=search))
 
 
-def describe(path: Iterable[str] = ()) -> dict[str, Any]:
-    """The version part of a report's environment."""
+def describe(path: Iterable[str] = (), python: str = "") -> dict[str, Any]:
+    """The version part of a report's environment; of another one than this, where the version of its `python`
+    is given, and its packages lie in `path`."""
     return {
         "attncheck": __version__,
-        "python": platform.python_version(),
+        "python": python or platform.python_version(),
         "platform": platform.platform(),
-        "packages": packages(path),
+        "packages": packages(path, here=not python),
         "cpus": os.cpu_count() or 0,
         "gpu": gpu(),
     }

@@ -25,6 +25,7 @@ from packaging.version import InvalidVersion, Version
 
 from attncheck import installer
 from attncheck.errors import UserError, unknown
+from attncheck.installer import Installer
 
 # Part of the folder's name: raise it when the way of installing changes, and old folders are left
 # alone.
@@ -50,13 +51,13 @@ class Recipe:
 
     `module`: what it is imported as. `versions`: oldest first, each installed by this recipe; nothing
     older is taken, and the newest is the default. `torch`: the PyTorch that these versions ask for.
-    `fill` installs a version into a folder.
+    `fill` installs a version into a folder, by the installer of another environment or that of this one.
     """
 
     module: str
     versions: tuple[str, ...]
     torch: str
-    fill: Callable[[Provision, Path, Log], None]
+    fill: Callable[[Provision, Path, Log, Installer | None], None]
 
     @property
     def default(self) -> str:
@@ -80,9 +81,10 @@ BUILD_ENVIRONMENT = {
 }
 
 
-def _fill_flash_attn(provision: Provision, target: Path, log: Log) -> None:
+def _fill_flash_attn(provision: Provision, target: Path, log: Log, by: Installer | None) -> None:
     hidden = {}
-    build_folder = _build_requirements(log)
+    # Other environments are made with what a build needs.
+    build_folder = _build_requirements(log) if by is None else None
     if build_folder is not None:
         parts = [str(build_folder), os.environ.get("PYTHONPATH", "")]
         hidden["PYTHONPATH"] = os.pathsep.join(part for part in parts if part)
@@ -92,11 +94,11 @@ def _fill_flash_attn(provision: Provision, target: Path, log: Log) -> None:
         f"--no-binary={provision.package}",
         # An installer keeps the wheels it builds. This one is hollow: kept, it would be what the
         # user's next real `pip install flash-attn` gets.
-        "--no-cache" if installer.use_uv() else "--no-cache-dir",
+        "--no-cache" if (by or installer.here()).uv else "--no-cache-dir",
         str(provision),
     ]
-    installer.install(arguments, target, str(provision), BUILD_ENVIRONMENT, hidden)
-    installer.install(["--no-deps", *RUNTIME_REQUIREMENTS], target, str(provision))
+    installer.install(arguments, target, str(provision), BUILD_ENVIRONMENT, hidden, by)
+    installer.install(["--no-deps", *RUNTIME_REQUIREMENTS], target, str(provision), by=by)
 
 
 def _build_requirements(log: Log) -> Path | None:
@@ -120,11 +122,11 @@ def _build_requirements(log: Log) -> Path | None:
 # --- xformers -------------------------------------------------------------------------------------
 
 
-def _fill_xformers(provision: Provision, target: Path, log: Log) -> None:
+def _fill_xformers(provision: Provision, target: Path, log: Log, by: Installer | None) -> None:
     # A wheel of 3 MiB; its sdist would be compiled. numpy, its other dependency, is imported by its
     # benchmarks only.
     arguments = ["--no-deps", f"--only-binary={provision.package}", str(provision)]
-    installer.install(arguments, target, str(provision))
+    installer.install(arguments, target, str(provision), by=by)
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -244,37 +246,46 @@ def cache_root() -> Path:
     return Path(override) if override else Path(platformdirs.user_cache_dir("attncheck"))
 
 
-def ensure(provision: Provision, *, log: Log) -> Path:
+def folder_of(provision: Provision) -> Path:
+    """Where the package lies once it is provisioned."""
+    return cache_root() / f"{provision.package}-{provision.version}-r{RECIPE}"
+
+
+def ensure(provision: Provision, *, log: Log, by: Installer | None = None, torch: str = "") -> Path:
     """The folder that holds the package, to be put on the workers' PYTHONPATH; installs it if need
     be.
 
     Milliseconds and no network when it is there already. Safe against interruption and against
-    other processes doing the same. `log` gets one sentence before anything is downloaded. Raises
-    UserError when the installed PyTorch does not suit it, and when it cannot be installed, with the
+    other processes doing the same. `log` gets one sentence before anything is downloaded. `by` and
+    `torch`: the installer and the PyTorch version of another environment, where it is for that one.
+    Raises UserError when the PyTorch does not suit it, and when it cannot be installed, with the
     command to reproduce that and what the installer said.
     """
     recipe = RECIPES[provision.package]
-    _check_torch(provision, recipe)
-    folder = cache_root() / f"{provision.package}-{provision.version}-r{RECIPE}"
+    _check_torch(provision, recipe, torch or _torch_here())
+    folder = folder_of(provision)
     marker = {"package": provision.package, "version": provision.version, "recipe": RECIPE}
     if installer.complete(folder, marker):
         return folder
     log(f"Installing the Python part of {provision} into {folder} (once; no compilation).")
     with installer.filled_atomically(folder, marker, str(provision)) as target:
-        recipe.fill(provision, target, log)
+        recipe.fill(provision, target, log, by)
         if not (target / recipe.module / "__init__.py").is_file():
             raise UserError(f"{provision} was installed but contains no {recipe.module}.")
     return folder
 
 
-def _check_torch(provision: Provision, recipe: Recipe) -> None:
-    """--no-deps keeps a package from replacing the user's PyTorch, and from looking at it."""
+def _torch_here() -> str:
     try:
-        installed = importlib.metadata.version("torch")
+        return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        return  # the scan says so, in its own words
-    if not SpecifierSet(recipe.torch).contains(installed, prereleases=True):
+        return ""  # the scan says so, in its own words
+
+
+def _check_torch(provision: Provision, recipe: Recipe, torch: str) -> None:
+    """--no-deps keeps a package from replacing the user's PyTorch, and from looking at it."""
+    if torch and not SpecifierSet(recipe.torch).contains(torch, prereleases=True):
         raise UserError(
-            f"{provision} needs torch{recipe.torch}, and torch {installed} is installed; scan in an "
+            f"{provision} needs torch{recipe.torch}, and torch {torch} is installed; scan in an "
             "environment that has it."
         )

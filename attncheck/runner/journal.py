@@ -60,6 +60,9 @@ class Progress:
     first_end: float | None
 
 
+NOTHING = Progress({}, None, (), {}, None)
+
+
 def events(path: Path) -> Iterator[dict[str, Any]]:
     """Every whole event; a torn last line (disk full, power cut) is left out."""
     if not path.exists():

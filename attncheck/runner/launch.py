@@ -38,10 +38,10 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the workers are gone and the journal is kept."""
 
 
-def command(run: RunDir, ranks: int) -> list[str]:
+def command(run: RunDir, ranks: int, python: str = "") -> list[str]:
     """The torchrun command line; the same worker runs under a user's own `torchrun --nnodes N`."""
     return [
-        sys.executable, "-m", "torch.distributed.run",
+        python or sys.executable, "-m", "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={ranks}",
         f"--max-restarts={MAX_RESTARTS}",
@@ -61,8 +61,10 @@ def start(run: RunDir, config: RunConfig) -> subprocess.Popen[bytes]:
         environment.setdefault(name, value)
     shutil.rmtree(run.logs, ignore_errors=True)
     return subprocess.Popen(
-        command(run, config.workers),
+        command(run, config.workers, config.python),
         env=environment,
+        # `-m` looks in the current folder first; another environment must not see what lies here.
+        cwd=run.path if config.python else None,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=(run.path / "torchrun.log").open("wb"),

@@ -31,9 +31,9 @@ class RunConfig:
     how many sets of values each is run. `path` is put in front of sys.path; `imports` are modules to
     import, `registered` the ops of theirs that probes make operators of; `hash_seeds` has one
     PYTHONHASHSEED a rank (of the largest mesh); `case_timeout` is in seconds; `launch` names this start
-    of the workers; `environment` is added to
-    theirs; `notes` is what the parent wants to remember when it resumes; `serve`: the workers wait for
-    cases in the queue; `fixes`: files whose `register()` is called before case `fix_from`; `settings`:
+    of the workers; `environment` is added to theirs; `python` is the interpreter that they run under, ''
+    for this one; `notes` is what the parent wants to remember when it resumes; `serve`: the workers wait
+    for cases in the queue; `fixes`: files whose `register()` is called before case `fix_from`; `settings`:
     further ones by operator, beside those it has."""
 
     seed: int
@@ -46,6 +46,7 @@ class RunConfig:
     imports: tuple[str, ...] = ()
     registered: tuple[RegisteredOp, ...] = ()
     launch: str = ""
+    python: str = ""
     engine: str = "processes"
     repeats: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)

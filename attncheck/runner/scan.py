@@ -81,7 +81,7 @@ Log = Callable[[str], None]
 Progress = Callable[[int, int, Case | None], None]
 
 
-def _check_request(request: ScanRequest) -> None:
+def check_request(request: ScanRequest) -> None:
     """What can be known to be wrong before anything is run: a typo must not cost a whole scan."""
     rules.expand([*request.select_rules, *request.ignore_rules])
     for file in request.probe_files:
@@ -107,7 +107,7 @@ def _check_request(request: ScanRequest) -> None:
 def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     """Run a new scan. Raises UserError, or launch.Interrupted after a Ctrl-C (the journal is kept)."""
     began = time.time()
-    _check_request(request)
+    check_request(request)
     shelf = plugins.load_probes(
         [Path(p) for p in request.probe_files],
         lambda file: log(f"running the code of {file}, which an installed package ships"),
@@ -132,39 +132,22 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     if request.both_ways:
         # Another order than before: what was propagated for one setting is there when the next comes.
         cases = (*cases, *reversed(cases))
-    timeout = request.case_timeout or CASE_TIMEOUT[request.selection.level]
-    ranks = max(math.prod(mesh.values()) for mesh in request.meshes)
-    simulated = request.engine == "simulated"
-    config = RunConfig(
-        engine="simulated" if simulated else "processes",
-        seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
-        mesh=dict(request.meshes[0]),
-        repeats=request.repeats,
-        device=request.device,
-        case_timeout=timeout,
-        hash_seeds=tuple(request.hash_seed + rank for rank in range(1 if simulated else ranks)),
-        probe_files=tuple(str(p) for p in shelf.files),
+    base = configuration(request, shelf.files, [sentence for _, sentence in shelf.errors])
+    config = replace(
+        base,
         path=tuple(path),
         imports=tuple(m for m in imports if m not in {p.module for p in found.problems}),
         registered=found.ops,
-        fixes=tuple(str(Path(file).resolve()) for file in request.fixes),
         fix_from=planned if request.both_ways else 0,
-        settings=request.settings,
         notes={
+            **base.notes,
             "began": began,
             "phases": phases,
-            "level": request.selection.level,
-            "engine": request.engine,
-            "command": request.command,
-            "with": list(request.with_packages),
-            "probe_errors": [sentence for _, sentence in shelf.errors],
             "problems": to_json(found.problems),
-            "select": list(request.select_rules),
-            "ignore": list(request.ignore_rules),
             **({"shard": to_json(share)} if share else {}),
         },
     )
-    run = RunDir(request.run_dir or _new_run_folder())
+    run = RunDir(request.run_dir or new_run_folder())
     if run.journal.exists():
         raise UserError(
             f"{run.path} already holds a scan: go on with it (--resume --run-dir {run.path}) or name "
@@ -175,6 +158,35 @@ def scan(request: ScanRequest, log: Log, on_progress: Progress) -> Report:
     except OSError as error:
         raise UserError(f"Cannot write the run folder {run.path}: {error.strerror}.") from None
     return _run(run, config, cases, log, on_progress)
+
+
+def configuration(
+    request: ScanRequest, probe_files: Iterable[Path], probe_errors: Sequence[str] = ()
+) -> RunConfig:
+    """How the workers run that a request asks for, in this environment."""
+    ranks = max(math.prod(mesh.values()) for mesh in request.meshes)
+    simulated = request.engine == "simulated"
+    return RunConfig(
+        engine="simulated" if simulated else "processes",
+        seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
+        mesh=dict(request.meshes[0]),
+        repeats=request.repeats,
+        device=request.device,
+        case_timeout=request.case_timeout or CASE_TIMEOUT[request.selection.level],
+        hash_seeds=tuple(request.hash_seed + rank for rank in range(1 if simulated else ranks)),
+        probe_files=tuple(str(file) for file in probe_files),
+        fixes=tuple(str(Path(file).resolve()) for file in request.fixes),
+        settings=request.settings,
+        notes={
+            "level": request.selection.level,
+            "engine": request.engine,
+            "command": request.command,
+            "with": list(request.with_packages),
+            "probe_errors": list(probe_errors),
+            "select": list(request.select_rules),
+            "ignore": list(request.ignore_rules),
+        },
+    )
 
 
 def _share(
@@ -291,10 +303,29 @@ def _run(
     run: RunDir, config: RunConfig, cases: Sequence[Case], log: Log, on_progress: Progress
 ) -> Report:
     launched = time.time()
-    progress = _run_cases(run, config, cases, log, on_progress)
-    outcomes = progress.outcomes
-    if config.notes.get("engine") == "both":
-        outcomes = _crosschecked(run, config, cases, outcomes, log, on_progress)
+    try:
+        progress = run_cases(run, config, cases, on_progress)
+        outcomes = progress.outcomes
+        if config.notes.get("engine") == "both":
+            outcomes = _crosschecked(run, config, cases, outcomes, on_progress)
+    except launch.Interrupted:
+        log(f"stopped; go on with: attncheck scan --resume --run-dir {run.path}")
+        raise
+    return reported(config, cases, outcomes, progress, launched, environment.describe(config.path))
+
+
+def reported(
+    config: RunConfig,
+    cases: Sequence[Case],
+    outcomes: Mapping[int, Outcome],
+    progress: journal.Progress,
+    launched: float,
+    installed: Mapping[str, Any],
+) -> Report:
+    """The report of cases and what came of them, by index; judged by the rules.
+
+    `progress` and `launched` (Unix time) are of the workers that ran them, `installed` describes where.
+    """
     ended = time.time()
     judged = time.perf_counter()
     notes = config.notes
@@ -311,7 +342,8 @@ def _run(
     phases = dict(notes.get("phases", {}))
     phases |= _phases(progress, results, launched, ended)
     phases["rules"] = round(time.perf_counter() - judged, 2)
-    return Report(_environment(config, progress, results, phases, ended), results, findings)
+    described = {**installed, **_environment(config, progress, results, phases, ended)}
+    return Report(described, results, findings)
 
 
 def _results(
@@ -327,10 +359,13 @@ def _results(
         yield CaseResult(case, outcome, before.status)
 
 
-def _run_cases(
-    run: RunDir, config: RunConfig, cases: Sequence[Case], log: Log, on_progress: Progress
+def run_cases(
+    run: RunDir, config: RunConfig, cases: Sequence[Case], on_progress: Progress
 ) -> journal.Progress:
-    """Run what the journal does not have yet: mesh after mesh, with workers of its own each."""
+    """Run what the journal does not have yet: mesh after mesh, with workers of its own each.
+
+    Raises UserError where the workers cannot run, and launch.Interrupted; the journal is kept.
+    """
 
     def progressed(tail: journal.Tail) -> None:
         running = cases[tail.open_case] if tail.open_case is not None else None
@@ -344,11 +379,7 @@ def _run_cases(
         stamp = f"{int(time.time() * 1000):x}-{os.getpid()}"
         config = replace(config, mesh=mesh, launch=stamp)
         run.write_config(config)
-        try:
-            launch.run_workers(run, config, progressed)
-        except launch.Interrupted:
-            log(f"stopped; go on with: attncheck scan --resume --run-dir {run.path}")
-            raise
+        launch.run_workers(run, config, progressed)
     return journal.read(run.journal)
 
 
@@ -357,7 +388,6 @@ def _crosschecked(
     config: RunConfig,
     cases: Sequence[Case],
     outcomes: Mapping[int, Outcome],
-    log: Log,
     on_progress: Progress,
 ) -> Mapping[int, Outcome]:
     """Run the same cases with simulated ranks, in a run folder of their own, and compare."""
@@ -365,7 +395,7 @@ def _crosschecked(
     config = replace(config, engine="simulated", hash_seeds=config.hash_seeds[:1])
     if not second.journal.exists():
         second.write(config, cases)
-    progress = _run_cases(second, config, cases, log, on_progress)
+    progress = run_cases(second, config, cases, on_progress)
     return crosscheck.crosscheck(cases, outcomes, progress.outcomes)
 
 
@@ -395,7 +425,6 @@ def _environment(
     notes = config.notes
     launched = len(_meshes(r.case for r in results))
     return {
-        **environment.describe(config.path),
         "device": config.device,
         **describe_meshes(r.case for r in results),
         "level": notes.get("level", ""),
@@ -508,7 +537,7 @@ def _runs_folder() -> Path:
     return provision.cache_root() / "runs"
 
 
-def _new_run_folder() -> Path:
+def new_run_folder() -> Path:
     """A fresh folder; the oldest ones beyond `KEPT_RUNS` are removed, unless they may be in use."""
     folder = _runs_folder()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")

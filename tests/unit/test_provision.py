@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def fake_install(arguments: Sequence[str], target: Path, *rest: object) -> None:
+def fake_install(arguments: Sequence[str], target: Path, *rest: object, **named: object) -> None:
     """What an installer leaves behind."""
     for name in ("flash_attn", "einops", "xformers"):
         (target / name).mkdir(exist_ok=True)
@@ -260,6 +260,18 @@ def test_a_failed_installation_is_one_sentence(
             "ERROR: No matching distribution found for flash-attn==2.9.9\n",
             "ERROR: No matching distribution found for flash-attn==2.9.9.",
         ),
+        (
+            "Collecting torch\nThe conflict is caused by:\n    The user requested torch==2.13.0\n"
+            "    xformers 0.0.34 depends on torch==2.10.0\n\nTo fix this you could try to:\n"
+            "ERROR: ResolutionImpossible: for help visit https://pip.pypa.io\n",
+            "The user requested torch==2.13.0; xformers 0.0.34 depends on torch==2.10.0.",
+        ),
+        (
+            "error: No solution found when resolving dependencies\n  cause: Because there is no version "
+            "of torch==9.9.9 and you require torch==9.9.9, your requirements are unsatisfiable.\n",
+            "Because there is no version of torch==9.9.9 and you require torch==9.9.9, your requirements "
+            "are unsatisfiable.",
+        ),
         ("", "the installer failed and said nothing."),
     ],
 )
@@ -272,7 +284,7 @@ def test_without_pip_uv_is_used_and_without_both_it_says_so(
 ) -> None:
     monkeypatch.setattr(installer.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(installer.shutil, "which", lambda name: "/usr/bin/uv")
-    assert installer._installer()[:3] == ["uv", "pip", "install"]
+    assert installer.here().command()[:3] == ["uv", "pip", "install"]
     monkeypatch.setattr(installer.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="has no pip and there is no uv on PATH"):
         installer.install(["x"], tmp_path, "flash-attn==2.8.3")
@@ -283,12 +295,12 @@ def test_the_hollow_wheel_is_never_left_in_the_installers_cache(
 ) -> None:
     calls: list[Sequence[str]] = []
 
-    def record(arguments: Sequence[str], *rest: object) -> None:
+    def record(arguments: Sequence[str], *rest: object, **named: object) -> None:
         calls.append(arguments)
 
     monkeypatch.setattr(installer, "install", record)
     monkeypatch.setattr(provision, "_build_requirements", lambda log: None)
-    provision._fill_flash_attn(ONE, tmp_path, silent)
+    provision._fill_flash_attn(ONE, tmp_path, silent, None)
     assert {"--no-cache-dir", "--no-cache"} & set(calls[0])
     assert "--no-binary=flash-attn" in calls[0]
 

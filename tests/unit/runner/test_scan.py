@@ -26,7 +26,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_oldest_runs_are_removed(runs: Path) -> None:
-    new = scan._new_run_folder()
+    new = scan.new_run_folder()
     assert len(list(runs.iterdir())) == scan.KEPT_RUNS
     assert new.is_dir()
     assert not (runs / "20260110-000000-1").exists()
@@ -35,7 +35,7 @@ def test_the_oldest_runs_are_removed(runs: Path) -> None:
 def test_a_run_that_still_writes_is_kept(runs: Path) -> None:
     """Ten scans started since do not take the folder away from under it."""
     os.utime(runs / "20260110-000000-1" / "journal.jsonl")
-    scan._new_run_folder()
+    scan.new_run_folder()
     assert (runs / "20260110-000000-1" / "journal.jsonl").exists()
     assert len(list(runs.iterdir())) == scan.KEPT_RUNS + 1
 
