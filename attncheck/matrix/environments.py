@@ -179,7 +179,7 @@ def _fingerprint(site: Path, python: str) -> str:
 def _made(folder: Path, torch: str, source: Source, log: Log) -> Environment:
     what = f"torch {torch}"
     uv = shutil.which("uv") is not None
-    base = _interpreter(source.python, uv)
+    base = interpreter(source.python)
     log(f"making an environment with {what} in {folder} (once; its CUDA libraries are large)")
     _removed(folder)
     try:
@@ -214,23 +214,21 @@ def _removed(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _interpreter(wanted: str, uv: bool) -> str:
-    """The interpreter to make an environment of. uv finds versions by itself."""
+def interpreter(wanted: str) -> str:
+    """The path of an interpreter that is asked for by its version or path. Raises UserError."""
     if not wanted:
         return sys.executable
-    if re.fullmatch(r"\d+(\.\d+)*", wanted):
-        found = shutil.which(f"python{wanted}")
-        if found is None and not uv:
-            raise UserError(
-                f"--python {wanted}: there is no python{wanted} on PATH; expected a version that is there, "
-                "or the path of an interpreter."
-            )
-        return found or wanted
-    if shutil.which(wanted) is None:
-        raise UserError(
-            f"--python {wanted}: no such interpreter; expected a version (3.12) or a path."
-        )
-    return wanted
+    by_version = re.fullmatch(r"\d+(\.\d+)*", wanted)
+    if found := shutil.which(f"python{wanted}" if by_version else wanted):
+        return found
+    if by_version and shutil.which("uv") is not None:
+        with contextlib.suppress(UserError):
+            said = installer.run(["uv", "python", "find", wanted], "it", dict(os.environ))
+            return said.strip().splitlines()[-1]
+    there = f"there is no python{wanted} on PATH" if by_version else "no such interpreter"
+    raise UserError(
+        f"--python {wanted}: {there}; expected a version that is installed (3.12), or a path."
+    )
 
 
 def _venv(folder: Path, python: str, uv: bool, what: str) -> None:

@@ -137,6 +137,7 @@ class Session:
     def __init__(self, request: MatrixRequest, log: Log, on_progress: Progress) -> None:
         asked = request.scan
         scan.check_request(asked)
+        environments.interpreter(request.source.python)
         self.request, self.log, self.on_progress = request, log, on_progress
         shelf = plugins.load_probes([Path(file) for file in asked.probe_files])
         for _, sentence in shelf.errors:
@@ -211,7 +212,8 @@ class Session:
             for p in combination.packages
         ]
         folder = running_folder(found)
-        self._harvest(folder)
+        harvest(folder, self.store)
+        shutil.rmtree(folder, ignore_errors=True)
         keys = self._keys(combination, found)
         outcomes = {at: o for at, key in enumerate(keys) if (o := self.store.get(*key)) is not None}
         reused = len(outcomes)
@@ -264,18 +266,17 @@ class Session:
             progress = scan.run_cases(run, config, cases, self.on_progress)
         finally:
             # Where the workers could not run, their logs stay: the message names them.
-            self._harvest(folder, remove=False)
+            harvest(folder, self.store)
         shutil.rmtree(folder, ignore_errors=True)
         return progress
 
-    def _harvest(self, folder: Path, remove: bool = True) -> None:
-        """Keep what a run measured, this one or one that was killed."""
-        with contextlib.suppress(OSError, ValueError, UserError):
-            keys = json.loads((folder / KEYS).read_text(encoding="utf-8"))
-            measured = journal.read(RunDir(folder).journal).outcomes
-            self.store.add((*keys[at], outcome) for at, outcome in measured.items())
-        if remove:
-            shutil.rmtree(folder, ignore_errors=True)
+
+def harvest(folder: Path, store: Store) -> None:
+    """Keep what a run measured: the one that ends here, or an earlier one that was killed."""
+    with contextlib.suppress(OSError, ValueError, UserError):
+        keys = json.loads((folder / KEYS).read_text(encoding="utf-8"))
+        measured = journal.read(RunDir(folder).journal).outcomes
+        store.add((*keys[at], outcome) for at, outcome in measured.items())
 
 
 def running_folder(found: Environment) -> Path:

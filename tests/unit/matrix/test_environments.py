@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import stub_wheels
 
 from attncheck import installer
 from attncheck.errors import UserError
@@ -209,14 +210,36 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(
         pass
 
 
-def test_python_is_a_version_or_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert environments._interpreter("", uv=False) == sys.executable
-    assert environments._interpreter(sys.executable, uv=False) == sys.executable
-    assert environments._interpreter("9.99", uv=True) == "9.99"  # uv looks further
-    with pytest.raises(UserError, match=r"no python9\.99 on PATH"):
-        environments._interpreter("9.99", uv=False)
+def test_python_is_a_version_or_a_path() -> None:
+    assert environments.interpreter("") == sys.executable
+    assert environments.interpreter(sys.executable) == sys.executable
+    with pytest.raises(UserError, match=r"--python 9.99: there is no python9.99 on PATH"):
+        environments.interpreter("9.99")
     with pytest.raises(UserError, match="no such interpreter"):
-        environments._interpreter("/nowhere/python", uv=True)
+        environments.interpreter("/nowhere/python")
+
+
+def test_uv_makes_a_real_one_where_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From wheels in a folder; tests/functional/test_matrix.py does it with venv and pip."""
+    import uv
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "uv").symlink_to(uv.find_uv_bin())
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("ATTNCHECK_CACHE", str(tmp_path / "cache"))
+    wheels = stub_wheels.wheelhouse(tmp_path / "wheels")
+    source = Source(options=("--no-index", "--find-links", str(wheels)))
+    with environments.environment(stub_wheels.torch_here(), source, silent) as made:
+        assert "uv = " in (made.folder / "pyvenv.cfg").read_text()
+        assert made.torch == stub_wheels.torch_here()
+        assert made.installer.uv
+    with (
+        pytest.raises(UserError, match=r"Because .*torch==2\.99\.0"),
+        environments.environment("2.99.0", source, silent),
+    ):
+        pass
 
 
 def test_credentials_of_an_index_are_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
