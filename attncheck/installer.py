@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from attncheck.children import END_WITH_PARENT
 from attncheck.errors import UserError
 
 MARKER = "attncheck-provision.json"
@@ -167,6 +168,7 @@ def run(
             errors="replace",
             timeout=timeout,
             check=False,
+            preexec_fn=END_WITH_PARENT,
         )
     except subprocess.TimeoutExpired:
         raise UserError(

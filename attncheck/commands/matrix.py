@@ -110,14 +110,18 @@ def matrix(ctx: click.Context, /, **given: Any) -> None:
 
 def _run(request: MatrixRequest, given: dict[str, Any]) -> Matrix:
     from attncheck.matrix import bisecting, running
-    from attncheck.runner.launch import terminable
+    from attncheck.runner.launch import Interrupted, terminable
 
     for code in (*request.scan.probe_files, *request.scan.fixes):
         log(f"running the code of {code}")
-    with progress(given["quiet"]) as show, terminable():
-        if given["bisect"] is not None:
-            return bisecting.bisect(request, given["bisect"], log, show)
-        return running.run(request, log, show)
+    try:
+        with progress(given["quiet"]) as show, terminable():
+            if given["bisect"] is not None:
+                return bisecting.bisect(request, given["bisect"], log, show)
+            return running.run(request, log, show)
+    except (KeyboardInterrupt, Interrupted):
+        log("what was measured is kept: the same command goes on from here")
+        raise
 
 
 def _request(given: dict[str, Any]) -> MatrixRequest:

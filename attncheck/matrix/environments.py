@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import sys
 import time
@@ -39,6 +40,9 @@ BESIDE_TORCH = ("numpy",)
 TIMEOUT_SECONDS = 3600.0
 # What a CUDA build of torch takes with its libraries, as far as is known before it is there.
 EXPECTED_BYTES = 7 * 2**30
+
+# With less free, whatever failed did so for want of room.
+FULL_BYTES = 4 * 2**20
 
 # What an environment says of itself, in its own interpreter.
 _ASK = """
@@ -182,19 +186,34 @@ def _made(folder: Path, torch: str, source: Source, log: Log) -> Environment:
     base = interpreter(source.python)
     log(f"making an environment with {what} in {folder} (once; its CUDA libraries are large)")
     _removed(folder)
+    # Made beside it: what a killed attncheck leaves running writes there, and never into what comes after.
+    for leftover in folder.parent.glob(f"tmp-{folder.name}-*"):
+        _removed(leftover)
+    temporary = folder.with_name(f"tmp-{folder.name}-{secrets.token_hex(3)}")
+    executable = Path("Scripts" if os.name == "nt" else "bin") / "python"
     try:
-        _venv(folder, base, uv, what)
-        executable = Path("Scripts" if os.name == "nt" else "bin") / "python"
-        python = folder / executable
-        own = Installer(str(python), uv, source.options)
+        _venv(temporary, base, uv, what)
         requirements = [f"torch=={torch}", *BESIDE_TORCH, *requirements_of_attncheck()]
         requirements += provision.BUILD_REQUIREMENTS
-        installer.install(requirements, None, what, by=own, timeout=TIMEOUT_SECONDS)
+        by = Installer(str(temporary / executable), uv, source.options)
+        installer.install(requirements, None, what, by=by, timeout=TIMEOUT_SECONDS)
+        os.replace(temporary, folder)
+        python = folder / executable
         told = _ask(python, torch, what)
         marker = {"recipe": RECIPE, "uv": uv, "executable": str(executable), "made": time.time()}
         marker |= {**told, "bytes": disk_bytes(folder)}
         files.write_text(folder / MARKER, json.dumps(marker, indent=1))
+    except UserError:
+        full = shutil.disk_usage(folder.parent).free < FULL_BYTES
+        _removed(temporary)
+        _removed(folder)
+        if full:
+            raise UserError(
+                f"Cannot install {what}: the disk that holds {folder.parent} is full."
+            ) from None
+        raise
     except BaseException:
+        _removed(temporary)
         _removed(folder)
         raise
     made = _complete(folder, source)

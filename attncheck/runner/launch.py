@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from attncheck.children import END_WITH_PARENT
 from attncheck.errors import UserError
 from attncheck.runner import journal
 from attncheck.runner.rundir import RunConfig, RunDir
@@ -69,7 +70,7 @@ def start(run: RunDir, config: RunConfig) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=(run.path / "torchrun.log").open("wb"),
         start_new_session=True,  # Ctrl-C reaches attncheck alone, which then ends the workers in order
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=END_WITH_PARENT,
     )
 
 
@@ -135,14 +136,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()  # workers notice that their parent is gone and leave by themselves
             process.wait()
-
-
-def _end_with_parent() -> None:
-    """Even a SIGKILL of attncheck must not leave torchrun restarting workers for ever (Linux)."""
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def attempts(run: RunDir) -> int:

@@ -30,7 +30,6 @@ class Steps:
     """What would be installed: takes the place of running pip and uv, which functional tests do."""
 
     def __init__(self) -> None:
-        self.folder = Path()
         self.told: dict[str, object] = dict(TOLD)
         self.commands: list[Sequence[str]] = []
         self.fails_at = ""
@@ -40,13 +39,13 @@ class Steps:
         if self.fails_at and self.fails_at in command:
             raise KeyboardInterrupt
         if "venv" in command:
-            self.folder = Path(command[-1])
-            info = self.folder / SITE / "torch-2.9.1.dist-info"
+            folder = Path(command[-1])
+            info = folder / SITE / "torch-2.9.1.dist-info"
             info.mkdir(parents=True)
             (info / "RECORD").write_text("torch/__init__.py,sha256=abc,1\n")
-            (self.folder / "bin").mkdir()
-            (self.folder / "bin" / "python").touch()
-        return json.dumps({**self.told, "site": str(self.folder / SITE)})
+            (folder / "bin").mkdir()
+            (folder / "bin" / "python").touch()
+        return json.dumps({**self.told, "site": str(Path(command[0]).parents[1] / SITE)})
 
 
 @pytest.fixture
@@ -84,11 +83,14 @@ def test_an_interrupted_installation_is_never_taken_for_a_whole_one(
 
 
 def test_one_that_was_killed_is_made_anew(steps: Steps) -> None:
+    """Before it was moved to its place, or after that; nothing of it stays."""
     folder = environments.folder_of("2.9.1", Source())
-    (folder / SITE / "torch").mkdir(parents=True)
-    (folder / SITE / "torch" / "half.py").touch()
+    for place in (folder, folder.with_name(f"tmp-{folder.name}-abc")):
+        (place / SITE / "torch").mkdir(parents=True)
+        (place / SITE / "torch" / "half.py").touch()
     with environments.environment("2.9.1", Source(), silent):
-        assert not (folder / SITE / "torch" / "half.py").exists()
+        assert not list(folder.parent.rglob("half.py"))
+        assert [p for p in folder.parent.iterdir() if p.is_dir()] == [folder]
     assert any("torch==2.9.1" in command for command in steps.commands)
 
 
