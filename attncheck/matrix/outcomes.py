@@ -12,19 +12,24 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 import attncheck
-from attncheck import provision
-from attncheck.model import Case, Outcome, Reason, Status, to_json
+from attncheck import files, provision, rules
+from attncheck.errors import UserError
+from attncheck.model import Case, CaseResult, Finding, Outcome, Reason, Status, to_json
 from attncheck.runner.rundir import RunConfig
 
 
 def outcomes_folder() -> Path:
     return provision.cache_root() / "matrix" / "outcomes"
+
+
+def verdicts_folder() -> Path:
+    return provision.cache_root() / "matrix" / "verdicts"
 
 
 class Store:
@@ -78,6 +83,36 @@ def _read(file: Path) -> dict[str, Outcome]:
     return known
 
 
+class Verdicts:
+    """What the rules said of the outcomes of a whole cell: they are the same as long as these are, and the
+    code of attncheck. One file a cell."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def judge(
+        self,
+        keys: Sequence[tuple[str, str]],
+        results: Sequence[CaseResult],
+        select: Sequence[str],
+        ignore: Sequence[str],
+    ) -> tuple[Finding, ...]:
+        """`keys`: where the outcome of each case is kept; beside them, `results` may have entries that no
+        case could be planned of."""
+        if not all(lasting(result.outcome) for result in results):
+            return rules.judge(results, select=select, ignore=ignore)
+        beside = [to_json(result) for result in results[len(keys) :]]
+        text = json.dumps([all_code(), keys, beside, list(select), list(ignore)])
+        file = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            return msgspec.json.decode(file.read_bytes(), type=tuple[Finding, ...])
+        findings = rules.judge(results, select=select, ignore=ignore)
+        with contextlib.suppress(OSError, UserError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            files.write_text(file, json.dumps(to_json(findings), allow_nan=False))
+        return findings
+
+
 def lasting(outcome: Outcome) -> bool:
     """Whether another run would say the same: not where the check itself failed, or the case was not run."""
     return outcome.status is not Status.UNKNOWN and outcome.reason is not Reason.NOT_RUN
@@ -119,9 +154,19 @@ WORKERS = (
 @functools.cache
 def code() -> str:
     """A digest of the code of attncheck that a worker runs: a new report format re-runs nothing."""
+    return _digest_of_code(WORKERS)
+
+
+@functools.cache
+def all_code() -> str:
+    """A digest of all of attncheck's code, without the shelves: what rules say is made of it."""
+    return _digest_of_code([""])
+
+
+def _digest_of_code(names: Iterable[str]) -> str:
     package = Path(attncheck.__file__).resolve().parent
     found = {}
-    for name in WORKERS:
+    for name in names:
         place = package / name
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             found[file.relative_to(package).as_posix()] = file

@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,29 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from attncheck import __version__, cache, environment, installer, plugins, provision
+from attncheck import (
+    __version__,
+    cache,
+    envcheck,
+    environment,
+    installer,
+    plugins,
+    provision,
+)
 from attncheck.cells import Cell, Matrix
 from attncheck.errors import UserError
 from attncheck.matrix import engine, environments
 from attncheck.matrix.environments import Environment, Source
-from attncheck.matrix.outcomes import Store, digest_of, key, outcomes_folder, scope
-from attncheck.model import Case, Report
+from attncheck.matrix.outcomes import (
+    Store,
+    Verdicts,
+    digest_of,
+    key,
+    outcomes_folder,
+    scope,
+    verdicts_folder,
+)
+from attncheck.model import Case, CaseResult, Finding, Report
 from attncheck.plan import plan_meshes
 from attncheck.probing import Operator, Probe
 from attncheck.provision import Provision
@@ -152,6 +168,7 @@ class Session:
             environment={"PYTHONPATH": str(self.copy), "PYTHONNOUSERSITE": "1"},
         )
         self.store = Store(outcomes_folder())
+        self.verdicts = Verdicts(verdicts_folder())
         self.fixes = [_digest(file) for file in asked.fixes]
         self.needs = {
             operator.name: _needs(probe, file, operator)
@@ -234,8 +251,23 @@ class Session:
             "cuda_of_torch": found.cuda,
             "fingerprint": found.fingerprint,
         }
-        report = scan.reported(config, self.cases, outcomes, progress, launched, installed)
+        if notes := self._known_of(combination, found):
+            installed["notes"] = notes
+
+        def judge(
+            results: Iterable[CaseResult], *, select: Sequence[str], ignore: Sequence[str]
+        ) -> tuple[Finding, ...]:
+            return self.verdicts.judge(keys, tuple(results), select, ignore)
+
+        report = scan.reported(config, self.cases, outcomes, progress, launched, installed, judge)
         return report, reused
+
+    def _known_of(self, combination: Combination, found: Environment) -> list[str]:
+        """What is known of these versions together, beside what a run on stand-ins can show: which have no
+        compiled package for each other."""
+        versions = {**combination.versions, "torch": found.torch}
+        checked = envcheck.check_planned(versions, found.version)
+        return [f"{finding.title} ({finding.rule})." for finding in checked.findings]
 
     def _keys(self, combination: Combination, found: Environment) -> list[tuple[str, str]]:
         """For each case, where its outcome is kept: the name of what can affect it, and its own."""

@@ -170,6 +170,37 @@ def _calls(results: Iterable[CaseResult]) -> dict[_Call, dict[str, CaseResult]]:
     return calls
 
 
+@dataclass(frozen=True)
+class _Survey:
+    """What the remedies of every finding look up in the results of a scan: its calls, what each asks, and
+    those that have something in common."""
+
+    results: Sequence[CaseResult]
+    calls: Mapping[_Call, _Directions]
+    asked: Mapping[_Call, _Asked]
+    by_place: Mapping[object, Sequence[_Call]]
+    by_rest: Mapping[object, Sequence[_Call]]
+    names: frozenset[object]
+
+
+_surveyed: list[_Survey] = []  # of the results that were asked about last
+
+
+def _survey(results: Sequence[CaseResult]) -> _Survey:
+    """Made once for all the findings of a scan: it takes longer than what is looked up in it."""
+    if not _surveyed or _surveyed[0].results is not results:
+        calls = _calls(results)
+        asked = {call: _asked(_any_case(directions)) for call, directions in calls.items()}
+        by_place: dict[object, list[_Call]] = {}
+        by_rest: dict[object, list[_Call]] = {}
+        for call in calls:
+            by_place.setdefault((call.mesh, call.placement), []).append(call)
+            by_rest.setdefault((call.who, call.setting, call.mesh), []).append(call)
+        names = frozenset((call.who, call.setting, call.mesh, call.placement) for call in calls)
+        _surveyed[:] = [_Survey(results, calls, asked, by_place, by_rest, names)]
+    return _surveyed[0]
+
+
 def _any_case(directions: _Directions) -> Case:
     return directions[min(directions)].case
 
@@ -248,24 +279,19 @@ def _share(covers: int, total: int) -> str:
 def _other_operators(group: Group, results: Sequence[CaseResult], free: bool) -> list[Priced]:
     """Other operators (or routes of the same one) that work where the group's cases fail."""
     failing = _calls(group.results)
-    calls = _calls(results)
-    places: dict[tuple[object, str], list[tuple[_Call, dict[str, CaseResult]]]] = {}
-    for call, directions in calls.items():
-        places.setdefault((call.mesh, call.placement), []).append((call, directions))
-    asked = {call: _asked(_any_case(directions)) for call, directions in calls.items()}
-    by_name = {(call.who, call.setting, call.mesh, call.placement) for call in calls}
+    survey = _survey(results)
     shown: dict[tuple[str, str, str], dict[_Call, list[CaseResult]]] = {}
     for need, wanted in failing.items():
         place = (need.setting, need.mesh, need.placement)
-        for call, directions in places.get((need.mesh, need.placement), []):
+        for call in survey.by_place.get((need.mesh, need.placement), ()):
             if call.who == need.who:
                 continue
             # Where the setting of the same name ran, it speaks alone; else the first equivalent one.
-            if call.setting != need.setting and (call.who, *place) in by_name:
+            if call.setting != need.setting and (call.who, *place) in survey.names:
                 continue
-            if not asked[need].like(asked[call]):
+            if not survey.asked[need].like(survey.asked[call]):
                 continue
-            cases = _works(directions, wanted, free)
+            cases = _works(survey.calls[call], wanted, free)
             known = shown.setdefault(call.who, {})
             if cases and need not in known:
                 known[need] = cases
@@ -299,18 +325,15 @@ def _operator_remedy(way: _Way, total: int, own: set[tuple[str, str, str]]) -> R
 
 def _other_placements(group: Group, results: Sequence[CaseResult], free: bool) -> list[Priced]:
     """Placements under which the same operator works, and the redistribution that gets there."""
-    calls = _calls(results)
+    survey = _survey(results)
     failing = _calls(group.results)
     covered: dict[str, list[tuple[_Call, list[CaseResult]]]] = {}
-    by_rest: dict[tuple[object, ...], list[tuple[_Call, dict[str, CaseResult]]]] = {}
-    for call, directions in calls.items():
-        by_rest.setdefault((call.who, call.setting, call.mesh), []).append((call, directions))
     for need, wanted in failing.items():
-        for call, directions in by_rest.get((need.who, need.setting, need.mesh), []):
+        for call in survey.by_rest.get((need.who, need.setting, need.mesh), ()):
             # PyTorch refuses a redistribution to a partial sum.
             if call.placement == need.placement or "partial" in call.placement:
                 continue
-            if cases := _works(directions, wanted, free):
+            if cases := _works(survey.calls[call], wanted, free):
                 covered.setdefault(call.placement, []).append((need, cases))
     ways = []
     for name, shown in covered.items():
@@ -597,14 +620,12 @@ def _own_target(result: CaseResult, results: Sequence[CaseResult]) -> _Target | 
 
 def _heads_target(result: CaseResult, results: Sequence[CaseResult]) -> _Target | None:
     """The same call with heads sharded: after an all-to-all every rank has whole sequences."""
-    call = _call_of(result.case)
+    call, survey = _call_of(result.case), _survey(results)
     twins = [
-        r
-        for r in results
-        if (c := _call_of(r.case)).who == call.who
-        and (c.setting, c.mesh) == (call.setting, call.mesh)
-        and HEADS in c.placement.split(",")
-        and set(c.placement.split(",")) <= set(_LOCAL_PATTERNS)
+        twin
+        for c in survey.by_rest.get((call.who, call.setting, call.mesh), ())
+        if HEADS in c.placement.split(",") and set(c.placement.split(",")) <= set(_LOCAL_PATTERNS)
+        for twin in survey.calls[c].values()
     ]
     # Every axis that shares the work beats one that replicates.
     twins.sort(key=lambda r: (r.case.placement.count("replicate"), r.case.id))

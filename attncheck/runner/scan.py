@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from packaging.requirements import Requirement
 
@@ -24,6 +24,7 @@ from attncheck.model import (
     UNPLANNED,
     Case,
     CaseResult,
+    Finding,
     Outcome,
     Reason,
     Report,
@@ -75,6 +76,14 @@ class ScanRequest:
     settings: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shard: sharding.Shard | None = None
+
+
+class Judge(Protocol):
+    """`rules.judge`, or what says the same."""
+
+    def __call__(
+        self, results: Iterable[CaseResult], *, select: Sequence[str], ignore: Sequence[str]
+    ) -> tuple[Finding, ...]: ...
 
 
 Log = Callable[[str], None]
@@ -321,10 +330,12 @@ def reported(
     progress: journal.Progress,
     launched: float,
     installed: Mapping[str, Any],
+    judge: Judge = rules.judge,
 ) -> Report:
     """The report of cases and what came of them, by index; judged by the rules.
 
-    `progress` and `launched` (Unix time) are of the workers that ran them, `installed` describes where.
+    `progress` and `launched` (Unix time) are of the workers that ran them, `installed` describes where;
+    `judge` is what asks the rules, or knows what they said.
     """
     ended = time.time()
     judged = time.perf_counter()
@@ -338,7 +349,7 @@ def reported(
             for problem in notes.get("problems", ())
         ),
     )
-    findings = rules.judge(results, select=notes.get("select", ()), ignore=notes.get("ignore", ()))
+    findings = judge(results, select=notes.get("select", ()), ignore=notes.get("ignore", ()))
     phases = dict(notes.get("phases", {}))
     phases |= _phases(progress, results, launched, ended)
     phases["rules"] = round(time.perf_counter() - judged, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 
 import attncheck
 from attncheck.matrix import outcomes
-from attncheck.matrix.outcomes import Store
-from attncheck.model import Case, Outcome, Reason, Status
+from attncheck.matrix.outcomes import Store, Verdicts
+from attncheck.model import Case, CaseResult, Finding, Outcome, Reason, Severity, Status
 from attncheck.runner.rundir import RunConfig
 
 PACKAGE = Path(attncheck.__file__).parent
@@ -181,3 +182,32 @@ def test_lines_are_json_that_others_can_read(tmp_path: Path) -> None:
         "key": "key",
         "outcome": {"status": "supported", "message": "fine", "timings": {"first": 1.5}},
     }
+
+
+def test_rules_are_asked_once_about_the_same_outcomes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def judge(results: Sequence[CaseResult], **_: object) -> tuple[Finding, ...]:
+        asked.append(len(results))
+        return (Finding("ATN101", "n", Severity.ERROR, "t", "op", (CASE.id,), "f"),)
+
+    monkeypatch.setattr(outcomes.rules, "judge", judge)
+    results = (CaseResult(CASE, RIGHT),)
+    first = Verdicts(tmp_path).judge([("scope", "key")], results, (), ())
+    assert Verdicts(tmp_path).judge([("scope", "key")], results, (), ()) == first
+    assert len(asked) == 1
+    # Other outcomes, other rules, an entry beside the plan, another attncheck: asked anew.
+    Verdicts(tmp_path).judge([("scope", "other")], results, (), ())
+    Verdicts(tmp_path).judge([("scope", "key")], results, ("ATN1",), ())
+    Verdicts(tmp_path).judge([("scope", "key")], (*results, CaseResult(CASE, RIGHT)), (), ())
+    monkeypatch.setattr(outcomes, "all_code", lambda: "another attncheck")
+    Verdicts(tmp_path).judge([("scope", "key")], results, (), ())
+    assert len(asked) == 5
+
+
+def test_what_may_be_otherwise_next_time_is_judged_each_time(tmp_path: Path) -> None:
+    results = (CaseResult(CASE, Outcome(Status.UNKNOWN, "failed")),)
+    Verdicts(tmp_path).judge([("scope", "key")], results, (), ())
+    assert not list(tmp_path.iterdir())
