@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attncheck.probing import Operator, Setting
 from attncheck.runner import case as cases
 from attncheck.runner import compat, drift
+from attncheck.runner.compat import TorchDispatchMode
 from attncheck.runner.inputs import whole_tensors
 
 # Namespaces whose ops are PyTorch's own: their strategies are written by hand, and by others.
@@ -56,7 +56,9 @@ class Call:
 
 def written_names(op: Any) -> tuple[str, ...]:
     """Arguments that the schema says are written into."""
-    return tuple(a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write)
+    return tuple(
+        a.name for a in compat.schema_of(op).arguments if a.alias_info and a.alias_info.is_write
+    )
 
 
 def is_custom(op: Any) -> bool:
@@ -77,7 +79,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not self.wanted(func):
             return func(*args, **kwargs)
-        names = [argument.name for argument in func._schema.arguments]
+        names = [argument.name for argument in compat.schema_of(func).arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         before = {name: _copy(value) for name, value in given.items()}
         returned = func(*args, **kwargs)
@@ -98,7 +100,7 @@ def _copy(value: Any) -> Any:
 
 
 def _results(op: Any, returned: Any) -> tuple[Any, ...]:
-    if not op._schema.returns:
+    if not compat.schema_of(op).returns:
         return ()
     several = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
     return tuple(map(_copy, several))
@@ -404,7 +406,7 @@ def narrowed(
 
 def flipped(bench: Bench, call: Call) -> Iterator[Call]:
     """The call with one flag turned over, for each flag that it has and the op takes otherwise."""
-    declared = compat.find_overload(call.op)._schema.arguments
+    declared = compat.schema_of(compat.find_overload(call.op)).arguments
     for argument in declared:
         if str(argument.type) not in ("bool", "Optional[bool]"):
             continue
@@ -422,7 +424,9 @@ def value_of(call: Call, name: str) -> Any:
     """An argument of the call, or its default."""
     if name in call.arguments:
         return call.arguments[name]
-    argument = next(a for a in compat.find_overload(call.op)._schema.arguments if a.name == name)
+    argument = next(
+        a for a in compat.schema_of(compat.find_overload(call.op)).arguments if a.name == name
+    )
     return argument.default_value if argument.has_default_value() else None
 
 
@@ -430,7 +434,7 @@ def with_positional(call: Call, name: str) -> Call:
     """The call with this argument, and those before it, said rather than left to their defaults."""
     if name in call.arguments:
         return call
-    declared = compat.find_overload(call.op)._schema.arguments
+    declared = compat.schema_of(compat.find_overload(call.op)).arguments
     at = [a.name for a in declared].index(name)
     if declared[at].kwarg_only:
         return replace(call, arguments={**call.arguments, name: value_of(call, name)})
@@ -442,4 +446,7 @@ def with_positional(call: Call, name: str) -> Call:
 
 def values(call: Call) -> dict[str, Any]:
     """All arguments by name, with their defaults."""
-    return {a.name: value_of(call, a.name) for a in compat.find_overload(call.op)._schema.arguments}
+    return {
+        a.name: value_of(call, a.name)
+        for a in compat.schema_of(compat.find_overload(call.op)).arguments
+    }

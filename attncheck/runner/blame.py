@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attncheck.runner import compat
+from attncheck.runner.compat import tree_flatten, tree_unflatten
 from attncheck.runner.placements import assemble, local_shape, shard_dim
 
 # Of one case: attncheck's own settings stay far below; a user's own probe may not.
@@ -116,7 +116,7 @@ def _keep(held: list[Held], leaf: Any) -> Any:
 
 def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """The arguments that the op writes into, by its schema."""
-    schema = getattr(func, "_schema", None)
+    schema = compat.schema_of(func)
     if schema is None:
         return []
     named = dict(zip((a.name for a in schema.arguments), args, strict=False)) | dict(kwargs)

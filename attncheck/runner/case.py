@@ -471,7 +471,7 @@ def failed_record(rank: int, error: BaseException) -> RankRecord:
 def _describe(error: BaseException, op: str) -> tuple[str, str, str]:
     if why := compat.not_simulated(error):
         return NOT_SIMULATED, why, op
-    text = str(error).strip() or type(error).__name__
+    text = compat.error_text(error)
     if isinstance(error, BypassesDispatcher):
         op = error.function
     return type(error).__name__, text[:2000], op

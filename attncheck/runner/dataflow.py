@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from attncheck.runner import compat
+from attncheck.runner.compat import TorchDispatchMode, tree_leaves
 
 # They take a tensor for its shape and dtype alone.
 _ALLOCATE = frozenset(
@@ -69,7 +70,7 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return compat.storage_id(tensor)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -78,9 +79,10 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     """The arguments that an op writes into."""
-    if not hasattr(func, "_schema"):
+    schema = compat.schema_of(func)
+    if schema is None:
         return
-    arguments = func._schema.arguments
+    arguments = schema.arguments
     named = dict(zip((a.name for a in arguments), args, strict=False)) | dict(kwargs)
     for argument in arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:

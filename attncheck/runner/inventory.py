@@ -162,7 +162,7 @@ def _has_own(schema: Any, device: str) -> bool:
 
 def _variants(op: Any) -> Iterator[str]:
     """What DTensor finds in the op's decomposition, for each flag that the op has. Measured, not known."""
-    flags = {a.name for a in op._schema.arguments}
+    flags = {a.name for a in compat.schema_of(op).arguments}
     t = dict.fromkeys(("q", "k", "v"), torch.empty(2, 4, 6, 8))
     for variant in VARIANTS:
         if not flags.issuperset(variant):
@@ -173,7 +173,7 @@ def _variants(op: Any) -> Iterator[str]:
         except signature.Unclear as error:
             yield f"{what}: not tried, {error}"
             continue
-        for at, argument in enumerate(op._schema.arguments[: len(positional)]):
+        for at, argument in enumerate(compat.schema_of(op).arguments[: len(positional)]):
             positional[at] = variant.get(argument.name, positional[at])
         named |= {key: value for key, value in variant.items() if key in named}
         why = compat.refuses_decomposition(op, positional, named)

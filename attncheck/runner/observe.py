@@ -25,12 +25,11 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from attncheck.model import Collective, KernelOp, MissingOp
 from attncheck.rings import ring_bytes
 from attncheck.runner import blame, compat
+from attncheck.runner.compat import TorchDispatchMode, tree_flatten, tree_map
 
 STATE_BYTES = 256
 
@@ -255,7 +254,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         # Under such a mode torch.compile compiles, under others it silently runs eagerly, and the case
-        # would be judged by what users never run. (2.10 and 2.13 ask for it, 2.6 did not.)
+        # would be judged by what users never run. (Asked for from 2.9 on; up to 2.8 it runs eagerly in here.)
         return True
 
 
@@ -314,7 +313,7 @@ def _call_local(observer: Observer, func: Any, args: Any, kwargs: Mapping[str, A
     if namespace not in _COLLECTIVE_NAMESPACES:
         return func(*args, **kwargs)
     name = _COLLECTIVES.get(packet)
-    if name is None and packet != "wait_tensor":
+    if name is None and packet not in compat.WAITS:
         return func(*args, **kwargs)
     if name is not None:
         tensors, group = _collective_operands(func, args, kwargs)
@@ -331,7 +330,9 @@ def _collective_operands(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[torch.Tensor], Any]:
     """The input tensors and the group of a collective, found by argument name."""
-    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    named = dict(
+        zip((a.name for a in compat.schema_of(func).arguments), args, strict=False)
+    ) | dict(kwargs)
     group = named.get("group_name", named.get("process_group", named.get("group")))
     source = next(
         named[key]
@@ -363,7 +364,7 @@ def run_replicated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         return wholes[id(value)]
 
     out = compat.call_on_ranks(func, tree_map(whole, args), tree_map(whole, dict(kwargs)))
-    schema = getattr(func, "_schema", None)
+    schema = compat.schema_of(func)
     arguments = schema.arguments if schema is not None else ()  # a higher-order op mutates nothing
     named = dict(zip((a.name for a in arguments), args, strict=False)) | dict(kwargs)
     mutated = {

@@ -51,7 +51,7 @@ def bind(
     heads = q.shape[1 if layout == "bhsd" else 2]
     positional: list[Any] = []
     named: dict[str, Any] = {}
-    for argument in op._schema.arguments:
+    for argument in compat.schema_of(op).arguments:
         value = _value(argument, t, q, heads, word, causal)
         if value is _DEFAULT and argument.kwarg_only:
             continue
@@ -118,7 +118,7 @@ def call(
         returned = next((r for r in returned if isinstance(r, torch.Tensor)), None)
     if isinstance(returned, torch.Tensor):
         return returned
-    for argument, value in zip(op._schema.arguments, positional, strict=False):
+    for argument, value in zip(compat.schema_of(op).arguments, positional, strict=False):
         if _written(argument) and argument.name.strip("_") in OUTPUT:
             written: torch.Tensor = value
             return written
@@ -130,7 +130,7 @@ def find(op: Any, device: str) -> Signature:
     dtypes = (torch.float32, torch.bfloat16)
     complaints: list[str] = []
     for layout, words in WORDS.items():
-        takes_word = any(a.name in LAYOUT for a in op._schema.arguments)
+        takes_word = any(a.name in LAYOUT for a in compat.schema_of(op).arguments)
         for word in words if takes_word else ("",):
             for dtype in dtypes:
                 why = _disagreement(op, layout, word, device, dtype)
@@ -142,7 +142,7 @@ def find(op: Any, device: str) -> Signature:
 
 
 def _refined(op: Any, layout: str, word: str, device: str, dtype: torch.dtype) -> Signature:
-    flags = [a.name for a in op._schema.arguments if a.name.strip("_") in CAUSAL]
+    flags = [a.name for a in compat.schema_of(op).arguments if a.name.strip("_") in CAUSAL]
     causal = bool(flags) and not _disagreement(op, layout, word, device, dtype, causal=True)
     grouped = not _disagreement(op, layout, word, device, dtype, kv_heads=2)
     return Signature(
@@ -151,7 +151,7 @@ def _refined(op: Any, layout: str, word: str, device: str, dtype: torch.dtype) -
         dtype=str(dtype).removeprefix("torch."),
         causal=flags[0] if causal else "",
         grouped=grouped,
-        differentiable=compat.has_autograd(op._schema)
+        differentiable=compat.has_autograd(compat.schema_of(op))
         and _differentiable(op, layout, word, device, dtype),
     )
 

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attncheck import plugins
 from attncheck.probing import Operator, Setting
 from attncheck.runner import case as cases
+from attncheck.runner import compat
 from attncheck.runner.available import Availability
+from attncheck.runner.compat import TorchDispatchMode
 from attncheck.runner.inputs import whole_tensors
 
 SEED = 0
@@ -136,8 +137,8 @@ def _written(operator: Operator, setting: Setting, run: Callable[[], Any]) -> di
         if key in keywords and _same(keywords[key], default):
             del keywords[key]
     args = list(call.args)
-    if isinstance(function, torch._ops.OpOverloadPacket):
-        schema = function.default._schema.arguments
+    if compat.is_packet(function):
+        schema = compat.schema_of(function.default).arguments
         while args and schema[len(args) - 1].has_default_value():
             if not _same(args[-1], schema[len(args) - 1].default_value):
                 break
@@ -184,7 +185,7 @@ class _Standing:
 
 
 def _noting(function: Any, noted: list[Noted]) -> Any:
-    is_packet = isinstance(function, torch._ops.OpOverloadPacket)
+    is_packet = compat.is_packet(function)
     target = function.default if is_packet else function
 
     def noting(*args: Any, **kwargs: Any) -> Any:
@@ -227,8 +228,8 @@ def _defaults(path: str, function: Any) -> dict[str, Any]:
     """What need not be said, by keyword."""
     if path in DEFAULTS:
         return dict(DEFAULTS[path])
-    if isinstance(function, torch._ops.OpOverloadPacket):
-        schema = function.default._schema.arguments
+    if compat.is_packet(function):
+        schema = compat.schema_of(function.default).arguments
         return {a.name: a.default_value for a in schema if a.has_default_value()}
     try:
         parameters = inspect.signature(function).parameters
@@ -307,7 +308,7 @@ def _op_call(op: str, run: Callable[[], Any]) -> dict[str, Any] | None:
     if first.found is None:
         return None
     func, args, kwargs = first.found
-    schema = func._schema.arguments
+    schema = compat.schema_of(func).arguments
     given = [(schema[at].name, value, "") for at, value in enumerate(args)]
     given += [(key, value, f"{key}=") for key, value in kwargs.items()]
     try:

@@ -53,8 +53,15 @@ def forward(
             query, key, value, None, cum_seq_q, cum_seq_k, seqused_k, None, block_table, alibi_slopes,
             max_q, max_k, dropout_p, scale, False, is_causal, *window, 0.0, return_debug_mask, None,
         )  # fmt: skip
-    unused = torch.zeros((), dtype=torch.uint64)
-    return out, lse, rng_state.to(torch.uint64), unused, debug_mask
+    return out, lse, *_returned(rng_state), debug_mask
+
+
+def _returned(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state as the op returns it: whole, and an unused scalar; up to 2.6 a seed and an offset, scalars
+    both, and DTensor refuses an op of that torch that returns them otherwise."""
+    if torch.ops.aten._flash_attention_forward.default._schema.returns[2].name == "philox_seed":
+        return state[0].clone(), state[1].clone()
+    return state.to(torch.uint64), torch.zeros((), dtype=torch.uint64)
 
 
 def backward(

@@ -16,7 +16,7 @@ import sample_report
 
 from attncheck.model import dump_report
 
-HELP, OTHERS = 12, 25
+HELP, OTHERS, CHECK = 12, 25, 40
 
 
 def best_of(command: list[str], folder: Path, runs: int = 7) -> float:
@@ -38,6 +38,8 @@ def best_of(command: list[str], folder: Path, runs: int = 7) -> float:
         (["explain", "ATN101"], OTHERS),
         (["report", "old.json"], OTHERS),
         (["diff", "old.json", "new.json"], OTHERS),
+        # Reads every file of a package list; 40 are half a second.
+        (["env", "--check"], CHECK),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -124,7 +124,7 @@ def conditions(good: Sequence[Call], bad: Sequence[Call]) -> dict[str, Any] | No
     """
     if not good:
         return None
-    declared = compat.find_overload(good[0].op)._schema.arguments
+    declared = compat.schema_of(compat.find_overload(good[0].op)).arguments
     out: dict[str, Any] = {}
     spare: dict[str, list[Any]] = {}
     for argument in declared:

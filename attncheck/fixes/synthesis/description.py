@@ -64,7 +64,7 @@ def describe_form(
     of_dim = {dim: names[one] for one in search.classes for dim in one}
     out.takes = {}
     placed = _placed(search, letters)
-    declared = compat.find_overload(found[0].op)._schema.arguments
+    declared = compat.schema_of(compat.find_overload(found[0].op)).arguments
     for argument in declared:
         forms = {
             call.tensors[argument.name].ndim: call
@@ -307,7 +307,7 @@ def _present_if(
 
 def _told_by(calls: Sequence[Call]) -> Iterator[tuple[str, list[bool]]]:
     """Each argument, and item of one, that could say whether a result is there, and what it says."""
-    for argument in compat.find_overload(calls[0].op)._schema.arguments:
+    for argument in compat.schema_of(compat.find_overload(calls[0].op)).arguments:
         given = [recording.value_of(call, argument.name) for call in calls]
         yield argument.name, [_says_yes(value) for value in given]
         longest = max((len(v) for v in given if isinstance(v, (list, tuple))), default=0)

@@ -58,7 +58,10 @@ def classes(calls: Sequence[Call]) -> list[Class]:
         for name, tensor in call.tensors.items():
             for axis, size in enumerate(tensor.shape):
                 sizes.setdefault((name, tensor.ndim, axis), {})[at] = size
-    order = {a.name: i for i, a in enumerate(compat.find_overload(calls[0].op)._schema.arguments)}
+    order = {
+        a.name: i
+        for i, a in enumerate(compat.schema_of(compat.find_overload(calls[0].op)).arguments)
+    }
     groups: list[list[Dim]] = []
     for dim in sorted(sizes, key=lambda d: (order[d[0]], d[1], d[2])):
         if set(sizes[dim].values()) != {1}:
@@ -135,7 +138,7 @@ def size_of(call: Call, one: Class) -> int:
 
 def output_names(call: Call) -> dict[str, str]:
     """What each output is called: by the schema, else `result` or `result_2`; buffers by their own name."""
-    returns = compat.find_overload(call.op)._schema.returns
+    returns = compat.schema_of(compat.find_overload(call.op)).returns
     names = {}
     for at, returned in enumerate(returns):
         plain = "result" if len(returns) == 1 else f"result_{at}"
@@ -160,7 +163,7 @@ def main_tensors(call: Call) -> set[str]:
         return {name for name in roles if name is not None}
     required = {
         a.name
-        for a in compat.find_overload(call.op)._schema.arguments
+        for a in compat.schema_of(compat.find_overload(call.op)).arguments
         if str(a.type) == "Tensor" and a.name in float_tensors(call) and a.name not in call.written
     }
     most = max((call.tensors[name].ndim for name in required), default=0)

@@ -169,7 +169,7 @@ def _refuse_unfit(op: str, calls: Sequence[Call], bench: Bench) -> None:
         raise UserError(f"{op} is not registered in this process.")
     if not calls:
         raise UserError(f"{op} cannot be described: no operator of the probes calls it.")
-    for argument in overload._schema.arguments:
+    for argument in compat.schema_of(overload).arguments:
         if "Tensor[]" in str(argument.type) or "List[Tensor]" in str(argument.type):
             raise UserError(
                 f"{op} takes a list of tensors ({argument.name}), for which signatures have no words."
@@ -219,7 +219,7 @@ def _refuse_dependent(op: str, call: Call, first: Call, bench: Bench) -> None:
 
 def _needs(calls: Sequence[Call], bench: Bench) -> dict[str, Any]:
     """Arguments that must stay 0, because with others the op is random."""
-    declared = compat.find_overload(calls[0].op)._schema.arguments
+    declared = compat.schema_of(compat.find_overload(calls[0].op)).arguments
     needs: dict[str, Any] = {}
     for argument in declared:
         if str(argument.type) not in ("float", "Optional[float]"):
@@ -244,11 +244,9 @@ def _needs(calls: Sequence[Call], bench: Bench) -> dict[str, Any]:
 
 def _has_meta(call: Call) -> bool:
     """Whether DTensor can ask what comes of the op without calling it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     op = compat.find_overload(call.op)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        with compat.fake_mode() as mode:
             given = {
                 k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v
                 for k, v in call.arguments.items()
