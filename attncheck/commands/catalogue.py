@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from attncheck.commands.common import log, many, merged
+from attncheck.commands.common import EXIT_FINDINGS, log, many, merged
 from attncheck.errors import UserError
 
 
@@ -59,11 +59,32 @@ def new_probe(name: str, folder: Path) -> None:
 
 
 @click.command()
-def env() -> None:
-    """Show the versions that matter, for pasting into an issue. Works without torch."""
+@click.option("--check", is_flag=True, help="Say what does not go together, why, and what to do.")
+@click.option("--json", "json_", is_flag=True, help="One JSON document, for issue templates.")
+@click.pass_context
+def env(ctx: click.Context, check: bool, json_: bool) -> None:
+    """Show the versions that matter, for pasting into an issue. Works without torch.
+
+    With --check, installed versions are held against what packages declare and what is known of them, and
+    compiled extensions against the PyTorch that is here. Nothing is imported or loaded. Exit code 1 where
+    something is wrong.
+    """
     from attncheck import environment
 
-    click.echo(environment.render(environment.describe()), nl=False)
+    described = environment.describe()
+    if not check and not json_:
+        click.echo(environment.render(described), nl=False)
+        return
+    from attncheck import envcheck
+
+    result = envcheck.check() if check else None
+    if json_:
+        click.echo(envcheck.as_json(described, result), nl=False)
+    elif result is not None:
+        click.echo(environment.render(described), nl=False)
+        click.echo("\n" + envcheck.render(result), nl=False)
+    if result is not None and result.failed:
+        ctx.exit(EXIT_FINDINGS)
 
 
 @click.command()

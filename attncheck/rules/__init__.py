@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from attncheck.errors import unknown
 from attncheck.model import CaseResult, Finding, worst
@@ -26,6 +27,11 @@ from attncheck.rules import (
     atn402_extension_not_loadable,
     atn403_version_unsupported,
     atn404_probe_not_loadable,
+    atn405_requirement_unmet,
+    atn406_known_incompatibility,
+    atn407_wheel_for_another_build,
+    atn408_package_clash,
+    atn409_no_prebuilt_wheel,
     atn501_crash,
     atn502_hang,
     atn503_diverged,
@@ -35,7 +41,10 @@ from attncheck.rules import (
 )
 from attncheck.rules.base import Rule
 
-__all__ = ["RULES", "Rule", "expand", "find", "judge"]
+if TYPE_CHECKING:
+    from attncheck.static.installed import Installation
+
+__all__ = ["RULES", "Rule", "examine", "expand", "find", "judge"]
 
 # Ordered by id. An id that was published is never given to another rule.
 RULES: tuple[Rule, ...] = (
@@ -57,6 +66,11 @@ RULES: tuple[Rule, ...] = (
     atn402_extension_not_loadable.RULE,
     atn403_version_unsupported.RULE,
     atn404_probe_not_loadable.RULE,
+    atn405_requirement_unmet.RULE,
+    atn406_known_incompatibility.RULE,
+    atn407_wheel_for_another_build.RULE,
+    atn408_package_clash.RULE,
+    atn409_no_prebuilt_wheel.RULE,
     atn501_crash.RULE,
     atn502_hang.RULE,
     atn503_diverged.RULE,
@@ -128,3 +142,18 @@ def judge(
         )
 
     return tuple(sorted(findings, key=order))
+
+
+def examine(
+    installation: Installation, *, select: Sequence[str] = (), ignore: Sequence[str] = ()
+) -> tuple[Finding, ...]:
+    """What the rules find in an environment by its files or planned versions alone: worst first, then by
+    rule and title. No finding has cases. `select` and `ignore` are those of `judge`."""
+    wanted = (expand(select) if select else {rule.id for rule in RULES}) - expand(ignore)
+    findings = [
+        finding
+        for rule in RULES
+        if rule.id in wanted and rule.examine is not None
+        for finding in rule.examine(installation)
+    ]
+    return tuple(sorted(findings, key=lambda f: (f.severity.rank, f.rule, f.title)))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from attncheck.model import CaseResult, Finding, Reason, Severity
-from attncheck.rules import remedies, unavailable, wording
+from attncheck.rules import installs, remedies, unavailable, wording
 from attncheck.rules.base import Rule, operators
+
+if TYPE_CHECKING:
+    from attncheck.static.installed import Installation
 
 DOCS = """\
 ## What it does
-Fires where a package is installed and its compiled extension cannot be loaded: an undefined
-symbol, a shared library that is missing, a wrong ABI.
+Fires where a package is installed and its compiled extension cannot be loaded, and says why: built
+against another PyTorch or C++ ABI (and which, as far as its symbols tell), for another CUDA or another
+Python, on a newer system, left out of the build, or in need of a library that is missing. A scan reads it
+off what the loader says; `attncheck env --check` off the files, and loads nothing.
 
 ## Why is this bad?
 `pip` calls the environment consistent, and `pip list` shows the package. The import fails in the
@@ -26,31 +32,17 @@ import flash_attn_2_cuda
 ## What to do
 Install a build of the package for exactly this PyTorch, CUDA, Python and C++ ABI, or build it
 from source in this environment (`pip install --no-build-isolation --no-cache-dir
---force-reinstall --no-deps ...`).
+--force-reinstall --no-deps ...`). `attncheck env --check` has the command.
 """
-
-_HINTS = (
-    (
-        "undefined symbol",
-        "an undefined symbol: it was built against another PyTorch or another C++ ABI",
-    ),
-    (
-        "GLIBC",
-        "a symbol version that this system's C library lacks: it was built on a newer system",
-    ),
-    ("cannot open shared object file", "a shared library that it needs is not found"),
-    (
-        "Symbol not found",
-        "an undefined symbol: it was built against another PyTorch or another C++ ABI",
-    ),
-    ("DLL load failed", "a library that it needs is not found or does not fit"),
-)
 
 
 def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
+    # To import it takes longer than all rules, and `attncheck explain` needs none of it.
+    from attncheck.static import faults
+
     for group in unavailable.by_probe(results, (Reason.EXTENSION_NOT_LOADABLE,)):
         texts = unavailable.texts(group)
-        why = next((words for key, words in _HINTS if any(key in text for text in texts)), "")
+        found = dict.fromkeys(fault for text in texts if (fault := faults.told_by(text)))
         text = "Reinstall the package, built for the PyTorch, CUDA and Python of this environment."
         yield RULE.finding(
             group,
@@ -59,9 +51,48 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             message=[
                 f"Operators: {operators(group.results)}.",
                 *texts,
-                f"The loader names {why}." if why else "",
+                *(f"What this says: {fault.text}." for fault in found),
             ],
-            remedies=[remedies.untried("install", text)],
+            remedies=[
+                remedies.untried("install", text),
+                remedies.untried(
+                    "install",
+                    "Read why off the files of this environment, with the command that mends it.",
+                    "attncheck env --check\n",
+                ),
+            ],
+        )
+
+
+def examine(installation: Installation) -> Iterator[Finding]:
+    from attncheck.static import extensions, wheels
+    from attncheck.static.faults import WORDS, Cause
+
+    for distribution in installation.distributions.values():
+        found = extensions.of(installation, distribution.name)
+        if not found:
+            continue
+        causes = list(dict.fromkeys(fault.cause for fault in found))
+        # The driver is the machine's: nothing of the environment is to be mended.
+        elsewhere = causes == [Cause.NO_DRIVER]
+        tag = wheels.tag(distribution)
+        # Of each kind the first speaks: the same build has the same fault in every file of it.
+        lines = []
+        for cause in causes:
+            alike = [fault for fault in found if fault.cause is cause]
+            more = f" ({len(alike) - 1} more like it)" if len(alike) > 1 else ""
+            lines.append(f"{alike[0].text}{more}.")
+        yield RULE.about(
+            distribution.name,
+            f"{distribution}: a compiled part does not load: "
+            f"{', '.join(WORDS[cause] for cause in causes)}",
+            message=[
+                f"Here: {installation.torch or 'no torch'}, Python {installation.python}.",
+                *lines,
+                f"The wheel's name says {tag.text}." if tag else "",
+            ],
+            remedies=() if elsewhere else installs.mend(installation, distribution),
+            severity=Severity.INFO if elsewhere else None,
         )
 
 
@@ -72,4 +103,5 @@ RULE = Rule(
     severity=Severity.ERROR,
     docs=DOCS,
     judge=judge,
+    examine=examine,
 )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from attncheck import HOMEPAGE
 from attncheck.inventory import without_build_id
@@ -26,9 +27,18 @@ from attncheck.model import (
 from attncheck.probing import HEADS, KV_HEADS, PATTERNS
 from attncheck.rules import wording
 
+if TYPE_CHECKING:
+    from attncheck.static.installed import Installation
+
 DTENSOR = "dtensor"  # the route of plain dispatch
 
 Judge = Callable[[Sequence[CaseResult]], Iterable[Finding]]
+Examine = Callable[["Installation"], Iterable[Finding]]
+
+
+def no_case(results: Sequence[CaseResult]) -> Iterable[Finding]:
+    """The `judge` of a rule about what is installed, which no case can break."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Rule:
 
     `name` says what is wrong, in kebab-case. `docs` is Markdown with the sections "What it does",
     "Why is this bad?", "Example" and "What to do". `judge` gets all results of a scan, in any
-    order.
+    order; `examine`, where a rule has it, gets what is installed in an environment.
     """
 
     id: str
@@ -46,6 +56,12 @@ class Rule:
     severity: Severity
     docs: str
     judge: Judge
+    examine: Examine | None = None
+
+    @property
+    def static(self) -> bool:
+        """Whether it is about what is installed, and never about cases."""
+        return self.judge is no_case
 
     @property
     def docs_url(self) -> str:
@@ -72,6 +88,19 @@ class Rule:
             message="\n".join(line for line in message if line),
             remedies=tuple(remedies),
         )
+
+    def about(
+        self,
+        subject: str,
+        title: str,
+        *,
+        message: Iterable[str] = (),
+        remedies: Iterable[Remedy] = (),
+        severity: Severity | None = None,
+    ) -> Finding:
+        """A finding about something installed: one without cases. `severity`: the rule's, where None."""
+        found = self.finding(Group(subject, "", ()), title, message=message, remedies=remedies)
+        return replace(found, severity=severity or self.severity)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,18 @@ def test_two_in_one_folder_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert environment.clashes() == [TWO]
 
 
+def test_two_in_one_folder_with_the_same_content_are_no_clash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVIDIA's wheels for CUDA 12 each bring an empty `nvidia/__init__.py`."""
+    for name in ("nvidia-cudnn-cu12", "nvidia-nccl-cu12"):
+        install(tmp_path, name, "9.1.0", "nvidia/__init__.py")
+        record = tmp_path / f"{name.replace('-', '_')}-9.1.0.dist-info" / "RECORD"
+        record.write_text(record.read_text().replace("__init__.py,,", "__init__.py,sha256=47DE,0"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert ownership.foreign("nvidia-cudnn-cu12") == ""
+
+
 def test_one_in_front_of_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path / "behind", "flash-attn", "2.8.3", "flash_attn/__init__.py")
     install(tmp_path / "front", "flash-attn-triton", "0.1.1", "flash_attn/__init__.py")
