@@ -7,7 +7,7 @@ text is free of control characters, and escaping is the format's business. Impor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -149,28 +149,44 @@ class _Shared(Generic[T]):
         return tuple(self._at)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A report whose cases are shown among others. `version`: what tells it from these; `findings`: the
+    numbers of those about each case, by its id as views write it."""
+
+    report: Report
+    version: str
+    findings: Mapping[str, Sequence[int]]
+
+
 def build(report: Report, view: View) -> CasesView:
     """Every case of a report. `view`: what `attncheck.view.build` makes of the same report."""
-    report = clean_tree(report)
-    drawn: _Shared[Drawing] = _Shared()
-    ops: _Shared[KernelOpView] = _Shared()
     findings: dict[str, list[int]] = {}
     for number, finding in enumerate(view.findings):
         for case in finding.cases:
             findings.setdefault(case, []).append(number)
-    version = _version(report.environment)
+    return build_all([Part(report, _version(clean_tree(report.environment)), findings)])
+
+
+def build_all(parts: Iterable[Part]) -> CasesView:
+    """Every case of several reports."""
+    drawn: _Shared[Drawing] = _Shared()
+    ops: _Shared[KernelOpView] = _Shared()
+    cases = tuple(case for part in parts for case in _cases(part, drawn, ops))
+    return CasesView(cases, drawn.all(), ops.all(), facets(cases))
+
+
+def _cases(part: Part, drawn: _Shared[Drawing], ops: _Shared[KernelOpView]) -> Iterable[CaseView]:
+    report = dataclasses.replace(part.report, cases=clean_tree(part.report.cases))
     changes = {change.case: change for change in _changes(report)}
-    cases = tuple(
-        dataclasses.replace(
+    for result in report.cases:
+        yield dataclasses.replace(
             _case(result, drawn, ops),
-            version=version,
-            findings=tuple(findings.get(one_line(result.case.id, 300), ())),
+            version=part.version,
+            findings=tuple(part.findings.get(one_line(result.case.id, 300), ())),
             change=_kind(report, changes.get(result.case.id)),
             changed=_changed(changes.get(result.case.id)),
         )
-        for result in report.cases
-    )
-    return CasesView(cases, drawn.all(), ops.all(), facets(cases))
 
 
 def facets(cases: Iterable[CaseView]) -> tuple[Facet, ...]:
@@ -192,7 +208,7 @@ def _version(environment: Mapping[str, Any]) -> str:
 
 
 def _changes(report: Report) -> tuple[CaseChange, ...]:
-    return report.comparison.changes if report.comparison else ()
+    return clean_tree(report.comparison.changes) if report.comparison else ()
 
 
 def _kind(report: Report, change: CaseChange | None) -> str:

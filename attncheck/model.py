@@ -472,6 +472,9 @@ class Report:
 
 def to_json(value: Any) -> Any:
     """Dataclasses, enums, tuples and mappings to plain JSON values; empty optional fields are left out."""
+    kind: Any = type(value)
+    if kind is str or kind is int or value is None:
+        return value  # nearly all of a report
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, CaseResult):
@@ -479,7 +482,7 @@ def to_json(value: Any) -> Any:
         return entry if value.before is None else {**entry, "before": to_json(value.before)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         out = {}
-        for f in dataclasses.fields(value):
+        for f in _fields(kind):
             item = getattr(value, f.name)
             if _is_default(f, item):
                 continue
@@ -496,6 +499,11 @@ def to_json(value: Any) -> Any:
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
         return "inf" if value > 0 else "-inf"
     return value
+
+
+@functools.cache
+def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(kind)
 
 
 def _is_default(f: dataclasses.Field[Any], item: Any) -> bool:

@@ -21,6 +21,7 @@ from attncheck.errors import UserError, unknown
 from attncheck.probing import Operator, Probe, Setting
 
 if TYPE_CHECKING:
+    from attncheck.cells import Matrix
     from attncheck.inventory import RegisteredOp
     from attncheck.model import Report
 
@@ -238,6 +239,24 @@ class Format:
         """The report as text. Raises UserError where the format's file does not load."""
         render: Render = _load_format_file(self.path).render
         return render(report, options=options)
+
+    @property
+    def shows_matrices(self) -> bool:
+        return callable(getattr(_load_format_file(self.path), "render_matrix", None))
+
+    def render_matrix(self, matrix: Matrix, *, options: Any) -> str:
+        """A matrix as text. Raises UserError where the format shows none."""
+        self.check_matrices()
+        return str(_load_format_file(self.path).render_matrix(matrix, options=options))
+
+    def check_matrices(self) -> None:
+        """Raises UserError where the format shows no matrix: its file defines no `render_matrix`."""
+        if not self.shows_matrices:
+            able = ", ".join(name for name, form in formats().items() if form.shows_matrices)
+            raise UserError(
+                f"The format {self.name} shows no matrix: expected one of {able}; or "
+                f"`attncheck report FILE --cell NAME --format {self.name}` for one of its combinations."
+            )
 
     def step_summary(self, report: Report, *, options: Any) -> str | None:
         """What the format says in the summary of a CI step, in Markdown; None for most: they have none."""

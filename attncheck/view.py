@@ -292,7 +292,7 @@ def build(report: Report) -> View:
     report = _shown(report)
     # What no case could be planned of has nothing to lay out; it is in `not_run`.
     planned = [r for r in report.cases if r.case.placement != UNPLANNED]
-    placements = _placements(planned)
+    placements = placements_of(planned)
     rows = _rows(planned, placements, with_setting=True)
     works = tuple(_works(planned, placement) for placement in placements)
     groups = _groups(report)
@@ -307,7 +307,7 @@ def build(report: Report) -> View:
         legend=tuple(status for status in Status if status in statuses),
         works=works,
         groups=groups,
-        not_run=_not_run(report.cases),
+        not_run=not_run(report.cases),
         environment=surroundings.environment(report),
         phases=surroundings.phases(report.environment),
         notices=surroundings.notices(report.environment),
@@ -324,12 +324,12 @@ def _shown(report: Report) -> Report:
     return dataclasses.replace(
         report,
         environment=clean_tree(report.environment),
-        cases=tuple(map(_shown_case, report.cases)),
+        cases=tuple(map(shown_case, report.cases)),
         findings=clean_tree(report.findings),
     )
 
 
-def _shown_case(result: CaseResult) -> CaseResult:
+def shown_case(result: CaseResult) -> CaseResult:
     case, outcome = result.case, result.outcome
     name = {"name": clean(str(case.setting["name"]))} if "name" in case.setting else {}
     return CaseResult(
@@ -378,7 +378,7 @@ def mesh_text(mesh: Mapping[str, Any]) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in mesh.items())
 
 
-def _placements(results: Sequence[CaseResult]) -> tuple[str, ...]:
+def placements_of(results: Sequence[CaseResult]) -> tuple[str, ...]:
     """The placements of a report, in the order in which the patterns are defined, then others."""
     order = {name: i for i, name in enumerate(PATTERNS)}
     names = dict.fromkeys(one_line(result.case.placement, 60) for result in results)
@@ -387,7 +387,7 @@ def _placements(results: Sequence[CaseResult]) -> tuple[str, ...]:
     )
 
 
-def _grouped(
+def grouped(
     results: Iterable[CaseResult], key: Callable[[CaseResult], T]
 ) -> dict[T, list[CaseResult]]:
     groups: dict[T, list[CaseResult]] = {}
@@ -411,7 +411,7 @@ def _rows(
     # The plan orders cases by what is cheap to run; here an operator's rows stand together.
     order = {who: i for i, who in enumerate(dict.fromkeys(map(operator_name, results)))}
     settings = {s: i for i, s in enumerate(dict.fromkeys(map(setting, results)))}
-    rows = _grouped(
+    rows = grouped(
         results, lambda r: (operator_name(r), setting(r), one_line(r.case.direction, 20))
     )
     keys = sorted(rows, key=lambda k: (order[k[0]], settings[k[1]], k[2] != "forward", k[2]))
@@ -436,11 +436,11 @@ def _merged(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 def _cells(results: Sequence[CaseResult], placements: Sequence[str]) -> tuple[Cell | None, ...]:
-    by_placement = _grouped(results, lambda r: one_line(r.case.placement, 60))
-    return tuple(_cell(by_placement[p]) if p in by_placement else None for p in placements)
+    by_placement = grouped(results, lambda r: one_line(r.case.placement, 60))
+    return tuple(cell_of(by_placement[p]) if p in by_placement else None for p in placements)
 
 
-def _cell(results: Sequence[CaseResult]) -> Cell:
+def cell_of(results: Sequence[CaseResult]) -> Cell:
     statuses = [result.outcome.status for result in results]
     failed = [s for s in statuses if s.ran and not s.usable]
     hidden = not failed and Status.UNKNOWN in statuses
@@ -455,17 +455,17 @@ def _cell(results: Sequence[CaseResult]) -> Cell:
 def _works(results: Sequence[CaseResult], placement: str) -> Works:
     here = [r for r in results if one_line(r.case.placement, 60) == placement]
     found: dict[str, list[Usable]] = {"both": [], "forward": [], "part": []}
-    for who, own in _grouped(here, operator_name).items():
-        kind, usable = _usability(who, own)
+    for who, own in grouped(here, operator_name).items():
+        kind, usable = usability(who, own)
         if usable is not None:
             found[kind].append(usable)
     return Works(placement, **{kind: tuple(usables) for kind, usables in found.items()})
 
 
-def _usability(who: str, results: Sequence[CaseResult]) -> tuple[str, Usable | None]:
+def usability(who: str, results: Sequence[CaseResult]) -> tuple[str, Usable | None]:
     """Whether an operator's cases of one placement work in `both` directions, `forward`, `part`."""
     tried = [r for r in results if r.outcome.status is not Status.UNAVAILABLE]
-    settings = _grouped(tried, lambda r: (setting_name(r), mesh_text(r.case.mesh)))
+    settings = grouped(tried, lambda r: (setting_name(r), mesh_text(r.case.mesh)))
     good = [cases for cases in settings.values() if _works_both(cases)]
     forward = [r for r in tried if r.case.direction == "forward"]
     share = f"{len(good)} of {count(len(settings), 'setting')}"
@@ -625,7 +625,7 @@ def _problems(results: Sequence[CaseResult]) -> tuple[str, ...]:
 
 
 def _what_works(results: Sequence[CaseResult], works: Sequence[Works]) -> Iterable[str]:
-    best = _placement_to_name(works)
+    best = placement_to_name(works)
     if best is None:
         return
     operators = len(
@@ -644,7 +644,7 @@ def _what_works(results: Sequence[CaseResult], works: Sequence[Works]) -> Iterab
         yield f"No operator works in every setting with {name}, forward and backward."
 
 
-def _placement_to_name(works: Sequence[Works]) -> Works | None:
+def placement_to_name(works: Sequence[Works]) -> Works | None:
     """The placement that the headline is about: heads, as tensor parallelism shards, if tried."""
     for wanted in (
         lambda n: n == "heads",
@@ -667,11 +667,11 @@ def _groups(report: Report) -> tuple[Group, ...]:
     lead = _leading_op(report.cases)
     for finding in sorted(
         report.findings,
-        key=lambda f: (one_line(f.kernel_op, 160) != lead, *_badness(f, by_id)),
+        key=lambda f: (one_line(f.kernel_op, 160) != lead, *badness(f, by_id)),
     ):
         groups.setdefault(one_line(finding.kernel_op, 160), []).append(finding)
     return tuple(
-        Group(op, tuple(_finding(finding, by_id) for finding in findings))
+        Group(op, tuple(finding_view(finding, by_id) for finding in findings))
         for op, findings in groups.items()
     )
 
@@ -685,13 +685,13 @@ def _leading_op(results: Sequence[CaseResult]) -> str:
     return max([*first, *cases], key=lambda op: cases[op], default="")
 
 
-def _badness(finding: Finding, by_id: Mapping[str, CaseResult]) -> tuple[int, int, int, str, str]:
+def badness(finding: Finding, by_id: Mapping[str, CaseResult]) -> tuple[int, int, int, str, str]:
     statuses = [by_id[case].outcome.status for case in finding.cases if case in by_id]
     rank = worst(statuses).rank if statuses else len(Status)
     return (finding.severity.rank, rank, -len(finding.cases), finding.rule, finding.fingerprint)
 
 
-def _finding(finding: Finding, by_id: Mapping[str, CaseResult]) -> FindingView:
+def finding_view(finding: Finding, by_id: Mapping[str, CaseResult]) -> FindingView:
     results = [by_id[case] for case in finding.cases if case in by_id]
     return FindingView(
         rule=one_line(finding.rule, 40),
@@ -714,7 +714,7 @@ def _where(finding: Finding, results: Sequence[CaseResult]) -> str:
     """`flash_attn_func; batch, heads; forward and backward; 12 cases`."""
     parts = [
         listing(dict.fromkeys(map(operator_name, results)), 4),
-        "" if _PLACEMENTS in finding.message else listing(_placements(results), 7),
+        "" if _PLACEMENTS in finding.message else listing(placements_of(results), 7),
         " and ".join(sorted({one_line(r.case.direction, 20) for r in results}, reverse=True)),
         count(len(finding.cases), "case"),
     ]
@@ -768,9 +768,9 @@ def _detail(outcome: Outcome) -> str:
     return one_line(said, 300)
 
 
-def _not_run(results: Iterable[CaseResult]) -> tuple[NotRun, ...]:
+def not_run(results: Iterable[CaseResult]) -> tuple[NotRun, ...]:
     idle = [result for result in results if not result.outcome.status.ran]
-    groups = _grouped(idle, lambda r: (why_not_run(r.outcome), _detail(r.outcome)))
+    groups = grouped(idle, lambda r: (why_not_run(r.outcome), _detail(r.outcome)))
     found = [
         NotRun(len(own), reason, detail, tuple(dict.fromkeys(map(operator_name, own))))
         for (reason, detail), own in groups.items()

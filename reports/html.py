@@ -13,16 +13,21 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import msgspec
 from markupsafe import Markup, escape
 
-from attncheck.casesview import CasesView, CaseView
+from attncheck import cellsview
+from attncheck.casesview import CasesView, CaseView, Facet
 from attncheck.casesview import build as build_cases
+from attncheck.cells import Matrix, uncollected
+from attncheck.cellsview import MatrixView
 from attncheck.changes import word
-from attncheck.model import Report, Status
+from attncheck.model import UNPLANNED, Report, Status
 from attncheck.text import count, listing
 from attncheck.view import (
     EXIT_CODES,
@@ -56,24 +61,66 @@ def render(report: Report, *, options: RenderOptions) -> str:
     return text if options.unicode else text.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
+def render_matrix(matrix: Matrix, *, options: RenderOptions) -> str:
+    """The same of a matrix: versions across, and every case of every version."""
+    view = cellsview.build(matrix)
+    with uncollected():
+        text = matrix_page(view, cellsview.cases(matrix, view))
+    return text if options.unicode else text.encode("ascii", "xmlcharrefreplace").decode("ascii")
+
+
 def page(view: View, cases: CasesView) -> str:
     """The page that shows a view and its cases."""
-    style, script = _style(), _script()
-    return _template().render(
+    rules = [f"{finding.rule} {finding.name}" for finding in view.findings]
+    document = {"placements": view.placements, "rules": rules}
+    return _rendered(
+        "page.html",
+        _data(cases, document),
         view=view,
         cases=cases,
         by_operator=_by_operator(cases),
+        change_word=word,
+        exit_codes=EXIT_CODES,
+    )
+
+
+def matrix_page(view: MatrixView, cases: CasesView) -> str:
+    """The page that shows a matrix and its cases."""
+    placements = placements_of_cases(cases)
+    versions = tuple(dict.fromkeys(case.version for case in cases.cases))
+    preset = {"placement": view.placement} if len(placements) > 1 else {}
+    document = {
+        "placements": placements,
+        "rules": [f"{spread.finding.rule} {spread.finding.name}" for spread in view.findings],
+        "pivots": [
+            {"name": "version", "values": versions},
+            {"name": "placement", "values": placements},
+        ],
+        "preset": preset,
+    }
+    if len(placements) > 1:
+        cases = dataclasses.replace(cases, facets=(Facet("placement", placements), *cases.facets))
+    return _rendered("matrix.html", _data(cases, document, share=True), view=view, cases=cases)
+
+
+def placements_of_cases(cases: CasesView) -> tuple[str, ...]:
+    """In the order in which they come."""
+    return tuple(dict.fromkeys(c.placement for c in cases.cases if c.placement != UNPLANNED))
+
+
+def _rendered(template: str, data: str, **values: Any) -> str:
+    style, script = _style(), _script()
+    return _template(template).render(
         styles={status: STYLES[status] for status in Status},
         policy=_policy(style, script),
         style=Markup(style),
         script=Markup(script),
-        data=Markup(_data(view, cases)),
+        data=Markup(data),
         words=cell_words,
         in_order=remedies_in_order,
         count=count,
         listing=listing,
-        change_word=word,
-        exit_codes=EXIT_CODES,
+        **values,
     )
 
 
@@ -105,17 +152,26 @@ def _by_operator(cases: CasesView) -> dict[str, list[CaseView]]:
     return out
 
 
-def _data(view: View, cases: CasesView) -> str:
-    """What the script shows, as JSON that can stand in a <script> element."""
+# What of a case is the same in every version that it is run with.
+_SAME = (
+    "id", "operator", "setting", "placement", "direction", "mesh", "dtype", "function", "sizes", "placements",
+    "drawings",
+)  # fmt: skip
+
+
+def _data(cases: CasesView, document: Mapping[str, Any], *, share: bool = False) -> str:
+    """What the script shows, as JSON that can stand in a <script> element. `share`: many cases are the same
+    but for the version."""
     shown = msgspec.to_builtins(cases)
-    document = {
+    # Most of what could be said of a case is empty.
+    told = [
+        {name: value for name, value in case.items() if value or name in _ALWAYS}
+        for case in shown["cases"]
+    ]
+    whole = {
         **shown,
-        # Most of what could be said of a case is empty.
-        "cases": [
-            {name: value for name, value in case.items() if value or name in _ALWAYS}
-            for case in shown["cases"]
-        ],
-        "placements": view.placements,
+        "cases": told,
+        **document,
         "statuses": [
             {
                 "status": status.value,
@@ -127,19 +183,36 @@ def _data(view: View, cases: CasesView) -> str:
             }
             for status in Status
         ],
-        "rules": [f"{finding.rule} {finding.name}" for finding in view.findings],
     }
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    if share:
+        whole |= _shared(told)
+    text = json.dumps(whole, separators=(",", ":"), allow_nan=False)
     for character, escaped in _IN_SCRIPT.items():
         text = text.replace(character, escaped)
     return text
+
+
+def _shared(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Cases without what others have as well, and a list of that."""
+    places: dict[str, int] = {}
+    shared: list[Mapping[str, Any]] = []
+    own: list[Mapping[str, Any]] = []
+    for case in cases:
+        same = {name: case[name] for name in _SAME if name in case}
+        key = json.dumps(same)
+        if key not in places:
+            places[key] = len(shared)
+            shared.append(same)
+        rest = {name: value for name, value in case.items() if name not in _SAME}
+        own.append({"at": places[key], **rest})
+    return {"shared": shared, "cases": own}
 
 
 # --- what the page is made of --------------------------------------------------------------------
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True,
         loader=jinja2.FileSystemLoader(FOLDER),
@@ -148,7 +221,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["prose"] = prose
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def _style() -> str:

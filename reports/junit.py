@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from attncheck.cells import Cell, Matrix
 from attncheck.changes import ChangeGroup, word
 from attncheck.model import CaseResult, Report, Severity, Status
 from attncheck.pinned import by_case, case_name
@@ -41,10 +42,21 @@ _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 def render(report: Report, *, options: RenderOptions) -> str:
     """An XML document. `options.width` and `options.color` mean nothing to it."""
-    view = build(report)
-    suite = _suite(report, view)
-    root = ET.Element("testsuites", {"name": "attncheck", **_counts(suite)})
-    root.append(suite)
+    return _document([_suite(report, build(report), "attncheck")], options)
+
+
+def render_matrix(matrix: Matrix, *, options: RenderOptions) -> str:
+    """The same of a matrix, a test suite for each combination."""
+    suites = [
+        _suite(cell.report, build(cell.report), _line(cell.name)) if cell.report else _not_run(cell)
+        for cell in matrix.cells
+    ]
+    return _document(suites, options)
+
+
+def _document(suites: Sequence[ET.Element], options: RenderOptions) -> str:
+    root = ET.Element("testsuites", {"name": "attncheck", **_counts(suites)})
+    root.extend(suites)
     ET.indent(root, " ")
     text = '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, "unicode") + "\n"
     return text if options.unicode else text.encode("ascii", "xmlcharrefreplace").decode("ascii")
@@ -81,13 +93,31 @@ def _told(report: Report, view: View) -> Iterator[Told]:
         yield Told(result, own, against, groups.get(name), numbers.get(name, ""))
 
 
-def _suite(report: Report, view: View) -> ET.Element:
-    cases = [_testcase(told) for told in _told(report, view)]
+def _suite(report: Report, view: View, name: str) -> ET.Element:
+    suite = _suite_of([_testcase(told) for told in _told(report, view)], name)
+    suite.insert(0, _properties(view))
+    told = [view.comparison.headline] if view.comparison else [view.exit_line]
+    _text(ET.SubElement(suite, "system-out"), "\n".join([*told, *view.notices]))
+    return suite
+
+
+def _not_run(cell: Cell) -> ET.Element:
+    """Of a combination without a report: nothing of it is known, and that must not pass for a success."""
+    case = ET.Element(
+        "testcase",
+        {"classname": "attncheck.matrix", "name": _legal(_line(cell.name)), "time": "0.000"},
+    )
+    problem = clean(cell.problem) or "it did not run"
+    case.append(_element("error", problem, problem[:TEXT]))
+    return _suite_of([case], _line(cell.name))
+
+
+def _suite_of(cases: Sequence[ET.Element], name: str) -> ET.Element:
     tags = Counter(child.tag for case in cases for child in case)
     suite = ET.Element(
         "testsuite",
         {
-            "name": "attncheck",
+            "name": _legal(name),
             "tests": str(len(cases)),
             "failures": str(tags["failure"]),
             "errors": str(tags["error"]),
@@ -95,15 +125,16 @@ def _suite(report: Report, view: View) -> ET.Element:
             "time": f"{sum(float(case.attrib['time']) for case in cases):.3f}",
         },
     )
-    suite.append(_properties(view))
     suite.extend(cases)
-    told = [view.comparison.headline] if view.comparison else [view.exit_line]
-    _text(ET.SubElement(suite, "system-out"), "\n".join([*told, *view.notices]))
     return suite
 
 
-def _counts(suite: ET.Element) -> dict[str, str]:
-    return {name: suite.attrib[name] for name in ("tests", "failures", "errors", "time")}
+def _counts(suites: Sequence[ET.Element]) -> dict[str, str]:
+    counts = {
+        name: str(sum(int(suite.attrib[name]) for suite in suites))
+        for name in ("tests", "failures", "errors")
+    }
+    return {**counts, "time": f"{sum(float(suite.attrib['time']) for suite in suites):.3f}"}
 
 
 def _properties(view: View) -> ET.Element:

@@ -6,12 +6,15 @@ everything is asked for, it fits into an issue.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from attncheck import cellsview
+from attncheck.cells import Matrix
+from attncheck.cellsview import Combination, Grid, MatrixView, Shift, Spread, Way
 from attncheck.changes import ChangeGroup, ComparisonView, word
 from attncheck.markup import ISSUE_LENGTH, block, code, details, prose, table
-from attncheck.model import Report, Severity
+from attncheck.model import Report, Severity, Status
 from attncheck.text import count, listing, one_line
 from attncheck.view import (
     EXIT_CODES,
@@ -67,10 +70,21 @@ DETAILS = (
 def render(report: Report, *, options: RenderOptions) -> str:
     """Markdown. `options.width` and `options.color` mean nothing to it."""
     view = build(report)
+    return _fitted(lambda detail: _parts(view, options, detail), options)
+
+
+def render_matrix(matrix: Matrix, *, options: RenderOptions) -> str:
+    """The same of a matrix."""
+    view = cellsview.build(matrix)
+    return _fitted(lambda detail: _matrix_parts(view, options, detail), options)
+
+
+def _fitted(made: Callable[[Detail], list[str]], options: RenderOptions) -> str:
+    """As much as fits into an issue; everything where that is asked for."""
     if options.verbose:
-        return _text(_parts(view, options, VERBOSE), options)
+        return _text(made(VERBOSE), options)
     for detail in DETAILS:
-        parts = _parts(view, options, detail)
+        parts = made(detail)
         text = _text(parts, options)
         if len(text) <= ISSUE_LENGTH:
             return text
@@ -302,13 +316,16 @@ def _matrix(view: View, options: RenderOptions, detail: Detail) -> Iterable[str]
     yield "Worst status, and how many cases are right."
     yield _grid(view.compact[: detail.rows], view.placements, options)
     yield from _more(len(view.compact) - detail.rows, "row")
-    styles = [STYLES[status] for status in view.legend]
-    legend = (f"{s.mark(options.unicode)} {s.word} ({s.meaning})" for s in styles)
-    yield prose(" / ".join(legend))
+    yield _legend(view.legend, options)
     if len(view.rows) <= detail.settings:
         yield details("every setting", _grid(view.rows, view.placements, options))
     else:
         yield f"Every setting on its own: {len(view.rows)} rows, left out (all in --output json)."
+
+
+def _legend(statuses: Iterable[Status], options: RenderOptions) -> str:
+    styles = [STYLES[status] for status in statuses]
+    return prose(" / ".join(f"{s.mark(options.unicode)} {s.word} ({s.meaning})" for s in styles))
 
 
 def _grid(rows: Sequence[Row], placements: Sequence[str], options: RenderOptions) -> str:
@@ -369,3 +386,224 @@ def _summary(view: View) -> Iterable[str]:
     yield "## Summary"
     yield f"{count(total, 'case')}: {counts}." if total else "No cases."
     yield prose(f"{view.exit_line} Exit codes: {EXIT_CODES}.")
+
+
+# --- a matrix ------------------------------------------------------------------------------------
+
+
+def _matrix_parts(view: MatrixView, options: RenderOptions, detail: Detail) -> list[str]:
+    sections: tuple[Iterable[str], ...] = (
+        _matrix_headline(view, detail),
+        _bisection(view, detail),
+        _combinations(view, detail),
+        _operators(view, options, detail),
+        _shifts(view, detail),
+        _spreads(view, detail),
+        _idle(view, detail),
+        _surroundings(view, detail),
+        _steps(view),
+    )
+    return [part for section in sections for part in section]
+
+
+def _matrix_headline(view: MatrixView, detail: Detail) -> Iterable[str]:
+    yield "# attncheck matrix"
+    yield "\n".join(f"**{prose(sentence)}**" for sentence in view.headline[:1])
+    rest = [*view.headline[1:], *(f"Note: {notice}" for notice in view.notices)]
+    for sentence in rest[: detail.rows]:
+        yield prose(one_line(sentence, detail.words))
+    yield from _more(len(rest) - detail.rows, "note")
+
+
+def _bisection(view: MatrixView, detail: Detail) -> Iterable[str]:
+    told = view.bisection
+    if told is None:
+        return
+    yield "## Bisection"
+    if told.turns:
+        shown = told.turns[: detail.rows]
+        rows = ((code(who), prose(change), prose(where)) for who, change, where in shown)
+        yield table(("operator", "change", "where"), rows)
+        yield from _more(len(told.turns) - len(shown), "change")
+    if told.tried:
+        yield f"Tried, in this order: {prose(one_line(told.tried, detail.words))}."
+    for version, why in told.skipped[: detail.rows]:
+        yield f"{prose(version)} gave no answer: {prose(one_line(why, detail.words))}"
+
+
+def _combinations(view: MatrixView, detail: Detail) -> Iterable[str]:
+    if not view.combinations:
+        return
+    yield "## Combinations"
+    what = f"with {view.sharded}, of {view.operators}" if view.placement else ""
+    yield prose(
+        f"Operators that work: forward and backward {what}. Wrong: wrong numbers, no error. Died: hang, "
+        "crash, or ranks that diverged."
+    )
+    header = ("combination", "operators that work", "cases right", "wrong", "died", "not run", "")
+    shown = view.combinations[: detail.rows]
+    yield table(header, (_combination(each, detail) for each in shown))
+    yield from _more(len(view.combinations) - len(shown), "combination")
+
+
+def _combination(each: Combination, detail: Detail) -> tuple[str, ...]:
+    name = f"**{prose(each.name)}**" if each.best else prose(each.name)
+    problem = prose(one_line(each.problem, detail.words))
+    if not each.ran:
+        return (name, "", "", "", "", "", f"did not run: {problem or 'no case ran'}")
+    numbers = (each.works, f"{each.right}/{each.ran}", each.wrong, each.died, each.idle)
+    return (name, *map(str, numbers), problem)
+
+
+def _operators(view: MatrixView, options: RenderOptions, detail: Detail) -> Iterable[str]:
+    for i, grid in enumerate(view.grids):
+        text = _versions(grid, options, detail)
+        if i == 0:
+            yield f"## Operators {prose(grid.title)}"
+            yield "Worst status, and how many cases are right."
+            yield text
+            yield _legend(view.legend, options)
+            if view.unbuilt:
+                who = listing((each.name for each in view.unbuilt), 6)
+                yield prose(f"Not in the table, since nothing ran there: {who}.")
+        elif detail.settings:
+            yield details(f"Operators {grid.title}", text)
+
+
+def _versions(grid: Grid, options: RenderOptions, detail: Detail) -> str:
+    rows = grid.rows[: detail.rows]
+    others = any(row.setting for row in rows)
+    labels = ["operator", *(["with"] if others else []), "direction"]
+    cells = (
+        [
+            code(row.operator),
+            *([prose(row.setting)] if others else []),
+            prose(row.direction),
+            *(_short_cell(cell, options) for cell in row.cells),
+        ]
+        for row in rows
+    )
+    text = table([*labels, *(prose(f"{grid.across} {column}") for column in grid.columns)], cells)
+    return "\n\n".join([text, *_more(len(grid.rows) - len(rows), "row")])
+
+
+def _short_cell(cell: Cell | None, options: RenderOptions) -> str:
+    if cell is None:
+        return ""
+    mark = prose(STYLES[cell.status].mark(options.unicode))
+    return f"{mark} {cell.ok}/{cell.total}" if cell.total else mark
+
+
+# What is told in full of each shift; the rest is folded away.
+_OPEN = (Way.WORSE, Way.GONE)
+
+
+def _shifts(view: MatrixView, detail: Detail) -> Iterable[str]:
+    if not view.shifts:
+        return
+    yield "## What changed"
+    yield "From one version to the next, the other packages being equal."
+    for shift in view.shifts[: detail.rows]:
+        yield f"### {prose(shift.title)} ({shift.counted})"
+        for ways, folded in ((_OPEN, False), (tuple(w for w in Way if w not in _OPEN), True)):
+            text = _moves(shift, ways, detail)
+            if text:
+                title = ", ".join(way.value for way in ways if way in shift.by_way())
+                yield details(title, text) if folded else text
+
+
+def _moves(shift: Shift, ways: Sequence[Way], detail: Detail) -> str:
+    moves = [move for move in shift.moves if move.way in ways]
+    limit = min(detail.rows, 10 * detail.remedies)
+    if not moves or not limit:
+        return "\n".join(_more(len(moves), "change"))
+    rows = (
+        (
+            f"**{move.way.value}**" if move.lost else move.way.value,
+            code(move.operator),
+            prose(move.change),
+            prose(one_line(move.extent, detail.words)),
+        )
+        for move in moves[:limit]
+    )
+    text = table(("", "operator", "change", "where"), rows)
+    return "\n\n".join([text, *_more(len(moves) - limit, "change")])
+
+
+def _spreads(view: MatrixView, detail: Detail) -> Iterable[str]:
+    if not view.findings:
+        return
+    counts = ", ".join(
+        count(n, "note" if severity is Severity.INFO else severity.value)
+        for severity, n in view.severities
+    )
+    yield f"## Findings ({counts})"
+    yield "Each as it is in the newest combination that has it."
+    # Cells are many, and each has the same: a line for each, unless everything is asked for.
+    full = detail.findings >= EVERYTHING
+    shown = view.findings[: detail.findings if full else min(detail.findings, FINDINGS)]
+    codes: set[str] = set()
+    if not full:
+        yield table(("", "finding", "in", "do"), (_spread(spread, detail) for spread in shown))
+    for spread in shown if full else ():
+        yield from _finding(spread.finding, detail, codes)
+        yield f"In {prose(spread.extent)}. As above in {prose(spread.of)}."
+    yield from _more(len(view.findings) - len(shown), "finding")
+
+
+FINDINGS = 40  # of a matrix, unless everything is asked for
+
+
+def _spread(spread: Spread, detail: Detail) -> tuple[str, ...]:
+    finding = spread.finding
+    first = finding.first_remedy
+    remedy = finding.remedies[first] if first is not None else None
+    return (
+        finding.severity.value,
+        prose(f"{finding.rule}: {finding.title}"),
+        prose(one_line(spread.extent, detail.words)),
+        prose(one_line(f"{remedy.text} [{remedy.proof}]", min(detail.words, 300)))
+        if remedy
+        else "",
+    )
+
+
+def _idle(view: MatrixView, detail: Detail) -> Iterable[str]:
+    if not view.idle:
+        return
+    yield "## Did not run"
+    shown = view.idle[: detail.rows]
+    rows = (
+        (
+            entry.cases,
+            prose(listing(entry.operators, 5)),
+            prose(entry.cells or "every combination"),
+            prose(entry.reason),
+            prose(one_line(entry.detail, detail.words)),
+        )
+        for entry in shown
+    )
+    yield table(("cases in each", "operators", "in", "reason", "detail"), rows)
+    yield from _more(len(view.idle) - len(shown), "reason")
+
+
+def _surroundings(view: MatrixView, detail: Detail) -> Iterable[str]:
+    pairs = [(name, one_line(text, detail.words)) for name, text in view.environment]
+    pairs += [("outcomes", view.reused)] if view.reused else []
+    if pairs:
+        yield "## Environment"
+        yield table(("", ""), ((prose(name), prose(text)) for name, text in pairs[: detail.rows]))
+    own = (
+        (prose(each.name), prose(name), prose(one_line(text, detail.words)))
+        for each in view.combinations[: detail.rows]
+        for name, text in (*each.environment, *(("note", notice) for notice in each.notices))
+    )
+    rows = [*own][: detail.rows]
+    if rows and detail.settings:
+        yield details("of each combination", table(("combination", "", ""), rows))
+
+
+def _steps(view: MatrixView) -> Iterable[str]:
+    yield "## How to go on"
+    for step in view.steps:
+        yield f"{prose(step.purpose)}:\n\n{block(step.command, 'shell')}"

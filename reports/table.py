@@ -5,9 +5,13 @@ Lines are laid out as (text, colour) spans at a fixed width; rich is only loaded
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from attncheck import cellsview
+from attncheck.cells import Matrix
+from attncheck.cellsview import Combination, Grid, MatrixView, Move, Shift, Spread, Way
 from attncheck.changes import ChangeGroup, ComparisonView, word
 from attncheck.model import ChangeKind, Report, Severity, Status
 from attncheck.text import count, listing
@@ -21,6 +25,7 @@ from attncheck.view import (
     RemedyView,
     RenderOptions,
     Row,
+    Step,
     Usable,
     View,
     Works,
@@ -46,6 +51,7 @@ GROUPS, OTHER_GROUPS = 12, 4  # of a comparison, without -v: cases that got wors
 # What of the environment is shown without -v.
 BRIEF = ("attncheck", "packages", "python", "device", "mesh", "seed", "hash seeds", "stand-ins")
 CASES, CASES_VERBOSE = 1, 50
+MATRIX_BRIEF = ("attncheck", "python", "device", "mesh", "level", "date", "command", "outcomes")
 
 
 def render(report: Report, *, options: RenderOptions) -> str:
@@ -70,6 +76,28 @@ def render(report: Report, *, options: RenderOptions) -> str:
         compared = (page.comparison(view.comparison), page.regressions(view))
         rest = whole if options.verbose else (page.steps(view),)
         sections = (*compared, *rest, page.verdict(view.comparison))
+    return _text(sections, options)
+
+
+def render_matrix(matrix: Matrix, *, options: RenderOptions) -> str:
+    """The same of a matrix."""
+    view = cellsview.build(matrix)
+    page = MatrixPage(options)
+    sections: tuple[Iterable[Line], ...] = (
+        page.matrix_headline(view),
+        page.bisection(view),
+        page.combinations(view),
+        *(page.operators(view, grid, i) for i, grid in enumerate(view.grids)),
+        page.shifts(view),
+        page.spreads(view),
+        page.idle(view),
+        page.surroundings(view),
+        page.how_to_go_on(view.steps),
+    )
+    return _text(sections, options)
+
+
+def _text(sections: Iterable[Iterable[Line]], options: RenderOptions) -> str:
     blocks = [lines for lines in map(list, sections) if lines]
     lines = [line for block in blocks for line in (*block, ())]
     show = _colored if options.color else _plain
@@ -200,7 +228,7 @@ class Page:
         yield _heading("Operators by placement", "worst status, and how many cases are right")
         rows = view.rows if self.options.verbose else view.compact
         yield from self.grid(rows, view.placements)
-        yield from self.legend(view)
+        yield from self.legend(view.legend)
 
     def works(self, view: View) -> Iterable[Line]:
         if not view.works:
@@ -259,11 +287,14 @@ class Page:
             yield from self.text(f"  {label:<12}", text)
 
     def steps(self, view: View) -> Iterable[Line]:
+        return self.how_to_go_on(view.steps)
+
+    def how_to_go_on(self, steps: Sequence[Step]) -> Iterable[Line]:
         yield _heading("How to go on", "")
-        column = max(len(step.command) for step in view.steps)
+        column = max(len(step.command) for step in steps)
         room = self.width - column - 2 * len(GAP)
-        beside = all(len(step.purpose) <= room for step in view.steps)
-        for step in view.steps:
+        beside = all(len(step.purpose) <= room for step in steps)
+        for step in steps:
             command = (f"  {step.command:<{column}}", "bold")
             purpose = (f"  {step.purpose}", "dim")
             yield from [(command, purpose)] if beside else [(command,), (("    ", ""), purpose)]
@@ -276,8 +307,11 @@ class Page:
 
     # --- the matrix
 
-    def grid(self, rows: Sequence[Row], placements: Sequence[str]) -> Iterable[Line]:
-        """Placements across; short names, stacked labels and several tables where it is narrow."""
+    def grid(
+        self, rows: Sequence[Row], placements: Sequence[str], corner: str = ""
+    ) -> Iterable[Line]:
+        """Placements across, or versions; short names, stacked labels and several tables where it is narrow.
+        `corner`: what stands across."""
         short = [",".join(SHORT.get(p, p) for p in name.split(",")) for name in placements]
         placements = [_middle(name, NAME_WIDTH) for name in placements]
         short = [_middle(name, NAME_WIDTH) for name in short]
@@ -290,7 +324,8 @@ class Page:
                 break
         for block in blocks:
             header = GAP.join(f"{names[i]:<{widths[i]}}" for i in block)
-            yield ((" " * len(labels[0]) + GAP, ""), (header, "bold"))
+            label = f"{_middle(corner, len(labels[0])):>{len(labels[0])}}"
+            yield ((label + GAP, "dim" if corner else ""), (header, "bold"))
             yield from self.body(rows, labels, stacked, block, widths)
         if list(names) != list(placements):
             pairs = zip(names, placements, strict=True)
@@ -353,10 +388,10 @@ class Page:
         shown = [i for i in range(3) if widths[i]]
         return [indent + GAP.join(f"{text[i]:<{widths[i]}}" for i in shown) for text in texts]
 
-    def legend(self, view: View) -> Iterable[Line]:
+    def legend(self, statuses: Sequence[Status]) -> Iterable[Line]:
         spans: list[tuple[str, str]] = []
         used = 0
-        for status in view.legend:
+        for status in statuses:
             style = STYLES[status]
             text = f"{self.mark(status)} {style.meaning}"
             if spans and used + len(text) + 3 > self.width - 2:
@@ -479,6 +514,201 @@ class Page:
         yield ((first, label), (lines[0][len(first) :], color))
         for line in lines[1:]:
             yield ((line, color),)
+
+
+# How a way of changing is coloured, and how many of its moves are shown without -v.
+WAYS = {
+    Way.WORSE: ("bold red", GROUPS),
+    Way.GONE: ("yellow", OTHER_GROUPS),
+    Way.COSTLIER: ("yellow", 2),
+    Way.BETTER: ("green", OTHER_GROUPS),
+    Way.CHEAPER: ("green", 2),
+    Way.NEW: ("cyan", OTHER_GROUPS),
+}
+
+
+class MatrixPage(Page):
+    """Lays out the sections of a matrix."""
+
+    def matrix_headline(self, view: MatrixView) -> Iterable[Line]:
+        for sentence in view.headline:
+            yield from self.text("", sentence, "bold")
+        for notice in view.notices:
+            yield from self.text("! ", notice, "yellow")
+
+    def bisection(self, view: MatrixView) -> Iterable[Line]:
+        if view.bisection is None:
+            return
+        yield _heading(
+            "Bisection", f"tried: {view.bisection.tried}" if view.bisection.tried else ""
+        )
+        for who, change, where in view.bisection.turns:
+            yield from self.text(f"  {who}  ", f"{change}; {where}")
+        for version, why in view.bisection.skipped:
+            yield from self.text(f"  {version} gave no answer: ", why, rest="    ")
+
+    def combinations(self, view: MatrixView) -> Iterable[Line]:
+        if not view.combinations:
+            return
+        what = f" with {view.sharded}" if view.placement else ""
+        yield _heading(
+            "Combinations", f"works: operators of {view.operators}{what}, both directions"
+        )
+        width = min(max(len(each.name) for each in view.combinations), self.width - 42)
+        head = ("works", f"{'right':>9}", "wrong", "died", "not run")
+        yield ((" " * (width + 4) + GAP.join(head), "bold"),)
+        for each in view.combinations:
+            yield from self.combination(each, width, [len(text) for text in head])
+
+    def combination(self, each: Combination, width: int, columns: Sequence[int]) -> Iterable[Line]:
+        mark = "*" if each.best else " "
+        name = (f"{mark} {_middle(each.name, width):<{width}}", "bold" if each.best else "")
+        if not each.ran:
+            yield from self.text(
+                name[0] + GAP, f"did not run: {each.problem or 'no case ran'}", "dim", label=""
+            )
+            return
+        numbers = (each.works, f"{each.right}/{each.ran}", each.wrong, each.died, each.idle)
+        texts = (f"{number:>{column}}" for number, column in zip(numbers, columns, strict=True))
+        yield (name, (GAP + GAP.join(texts), ""))
+
+    def operators(self, view: MatrixView, grid: Grid, number: int) -> Iterable[Line]:
+        """All operators of the first table; of the second, those between which versions make a difference."""
+        rows = grid.rows if self.options.verbose or number == 0 else grid.differing
+        if not rows:
+            return
+        left = len(grid.rows) - len(rows)
+        said = "worst status, and how many cases are right"
+        note = f"{count(left, 'row')} without a difference: with -v" if left else said
+        yield _heading(f"Operators {grid.title}", note)
+        grid = dataclasses.replace(grid, rows=tuple(_under_operators(rows)))
+        if not self.fits(grid):
+            grid = grid.folded
+        yield from self.grid(grid.rows, grid.columns, grid.across)
+        if number == len(view.grids) - 1:
+            yield from self.legend(view.legend)
+            if view.unbuilt:
+                who = listing((each.name for each in view.unbuilt), 6)
+                yield from self.text(
+                    "  ", f"Not in these tables, since nothing ran there: {who}.", "dim"
+                )
+
+    def fits(self, grid: Grid) -> bool:
+        """Whether all versions fit beside each other."""
+        room = self.width - len(self.labels(grid.rows, True)[0]) - len(GAP)
+        return len(_blocks(self.columns(grid.rows, grid.columns), room)) == 1
+
+    # --- what changed
+
+    def shifts(self, view: MatrixView) -> Iterable[Line]:
+        if not view.shifts:
+            return
+        yield _heading(
+            "What changed", "from one version to the next, the other packages being equal"
+        )
+        for i, shift in enumerate(view.shifts):
+            if i:
+                yield ()
+            yield ((f"{shift.title} ", "bold"), (f"({shift.counted})", "dim"))
+            yield from self.shift(shift)
+
+    def shift(self, shift: Shift) -> Iterable[Line]:
+        for way, moves in shift.by_way().items():
+            color, limit = WAYS[way]
+            shown = moves if self.options.verbose else moves[:limit]
+            for move in shown:
+                yield from self.move(move, color)
+            if len(shown) < len(moves):
+                yield _more(len(moves) - len(shown), f"{way.value}", "  ", "with -v")
+
+    def move(self, move: Move, color: str) -> Iterable[Line]:
+        first = f"  {move.way.value:<8}  "
+        yield from self.text(
+            first, f"{move.operator}: {move.change}; {move.extent}", rest=" " * 12, label=color
+        )
+        if self.options.verbose:
+            for case in move.cases[:CASES_VERBOSE]:
+                yield from self.text(" " * 12, case, "dim")
+
+    # --- findings
+
+    def spreads(self, view: MatrixView) -> Iterable[Line]:
+        if not view.findings:
+            return
+        counts = ", ".join(
+            count(n, "note" if s is Severity.INFO else s.value) for s, n in view.severities
+        )
+        yield _heading("Findings", f"{counts}; as in the newest combination")
+        errors = [s for s in view.findings if s.finding.severity is Severity.ERROR]
+        shown = view.findings if self.options.verbose else (errors or view.findings)[:FULL]
+        codes: dict[str, str] = {}
+        for spread in shown:
+            if self.options.verbose:
+                yield ()
+            yield from self.spread(spread, codes)
+        if len(shown) < len(view.findings):
+            yield _more(len(view.findings) - len(shown), "findings", "", "with -v")
+
+    def spread(self, spread: Spread, codes: dict[str, str]) -> Iterable[Line]:
+        finding, verbose = spread.finding, self.options.verbose
+        color = SEVERITY_COLORS[finding.severity]
+        head = f"{finding.severity.value} {finding.rule} "
+        yield from self.text(head, finding.title, color, rest="  ", label=color)
+        yield from self.text("  in     ", spread.extent)
+        if verbose:
+            yield from self.text("  where  ", f"{finding.where} ({spread.of})")
+            yield from self.details(finding)
+        yield from self.remedies(finding, codes, verbose)
+        if verbose:
+            yield from self.cases(finding)
+
+    # --- the rest
+
+    def idle(self, view: MatrixView) -> Iterable[Line]:
+        if not view.idle:
+            return
+        yield _heading("Did not run", "cases in each combination")
+        shown = view.idle if self.options.verbose else view.idle[:6]
+        for entry in shown:
+            who = f"{entry.cases} of {listing(entry.operators, 3)}"
+            where = f" in {entry.cells}" if entry.cells else ""
+            detail = f": {entry.detail}" if entry.detail else ""
+            yield from self.text("  ", f"{who} ({entry.reason}){where}{detail}", rest="    ")
+        if len(shown) < len(view.idle):
+            yield _more(len(view.idle) - len(shown), "reasons", "  ", "with -v")
+
+    def surroundings(self, view: MatrixView) -> Iterable[Line]:
+        pairs = dict(view.environment)
+        if view.reused:
+            pairs["outcomes"] = view.reused
+        if not pairs and not self.options.verbose:
+            return
+        yield _heading("Environment", "of all combinations")
+        if not self.options.verbose:
+            brief = [f"{name} {pairs[name]}" for name in MATRIX_BRIEF if name in pairs]
+            yield from self.text("  ", "; ".join(brief))
+            return
+        for label, text in pairs.items():
+            yield from self.text(f"  {label:<12}  ", text)
+        for each in view.combinations:
+            yield from self.text("", each.name, "bold")
+            for label, text in each.environment:
+                yield from self.text(f"  {label:<12}  ", text)
+            for notice in each.notices:
+                yield from self.text("  ! ", notice, "yellow")
+
+
+def _under_operators(rows: Iterable[Row]) -> Iterable[Row]:
+    """Rows that hold for some versions only, beneath a line for their operator."""
+    before = ""
+    for row in rows:
+        if not row.setting:
+            yield row
+            continue
+        if row.operator != before:
+            yield Row(row.operator, "", "", (None,) * len(row.cells))
+        before = row.operator
+        yield dataclasses.replace(row, operator=GAP + row.setting, setting="")
 
 
 def _heading(title: str, detail: str) -> Line:

@@ -17,6 +17,7 @@ import click
 from attncheck.errors import UserError, unknown
 
 if TYPE_CHECKING:
+    from attncheck.cells import Matrix
     from attncheck.model import Case, Report
 
 
@@ -153,8 +154,9 @@ def exit_code(report: Report, fail_on: str) -> int:
     return EXIT_CLEAN
 
 
-def parse_outputs(texts: Sequence[str]) -> list[tuple[Any, Path | None]]:
-    """Loads every format before anything is run: a typo must not cost a scan."""
+def parse_outputs(texts: Sequence[str], *, matrix: bool = False) -> list[tuple[Any, Path | None]]:
+    """Loads every format before anything is run: a typo must not cost a scan, nor a format that cannot show
+    a `matrix` one of these."""
     from attncheck import plugins
 
     out = []
@@ -163,12 +165,19 @@ def parse_outputs(texts: Sequence[str]) -> list[tuple[Any, Path | None]]:
         target = Path(path) if path else None
         if target is not None and not target.parent.is_dir():
             raise UserError(f"Cannot write {path}: the folder {target.parent} does not exist.")
-        out.append((plugins.load_format(name), target))
+        form = plugins.load_format(name)
+        if matrix:
+            form.check_matrices()
+        out.append((form, target))
     return out
 
 
-def write(report: Report, outputs: Sequence[tuple[Any, Path | None]], verbose: bool) -> None:
+def write(
+    report: Report | Matrix, outputs: Sequence[tuple[Any, Path | None]], verbose: bool
+) -> None:
+    """A report or a matrix in each of these formats, to its file or to stdout."""
     from attncheck.files import write_text
+    from attncheck.model import Report
     from attncheck.view import RenderOptions
 
     for form, path in outputs:
@@ -181,13 +190,15 @@ def write(report: Report, outputs: Sequence[tuple[Any, Path | None]], verbose: b
             verbose=verbose,
             folder=Path.cwd(),
         )
-        text = form.render(report, options=options)
+        render = form.render if isinstance(report, Report) else form.render_matrix
+        text = render(report, options=options)
         if path is None:
             click.echo(text, nl=not text.endswith("\n"), color=options.color)
             continue
         write_text(path, text)
         log(f"wrote {path}")
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary and isinstance(report, Report):
         options = RenderOptions(folder=Path.cwd())
         for form in dict.fromkeys(form for form, _ in outputs):
             if (text := form.step_summary(report, options=options)) is not None:

@@ -98,9 +98,7 @@ def matrix(ctx: click.Context, /, **given: Any) -> None:
 
     attncheck matrix --torch 2.9.1,2.13.0 --flash-attn 2.7.4.post1,2.8.3.post2
     """
-    outputs = parse_outputs(given["output"] or ("table",))
-    for form, _ in outputs:
-        form.check_matrices()
+    outputs = parse_outputs(given["output"] or ("table",), matrix=True)
     if given["fail_on"] not in FAIL_ON:
         raise unknown("severity", given["fail_on"], FAIL_ON)
     made = guarded(lambda: _run(_request(given), given), given["verbose"], ctx)

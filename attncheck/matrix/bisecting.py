@@ -91,7 +91,8 @@ class Walk:
         every = range(len(self.versions))
         low, high = self.first(every), self.first(every[::-1])
         if low is None or high is None:
-            raise UserError(f"None of {listing(self.versions)} could be run.")
+            first = self.cells[self.versions[0]].problem
+            raise UserError(f"None of {listing(self.versions)} could be run. {first}")
         start = self.statuses(low)
         if self.statuses(high) == start:
             return None

@@ -18,6 +18,8 @@ SECONDS = 180.0
 STOP_SECONDS = 10.0
 OUTPUT = 20_000  # characters; a script prints a few lines
 _KILLED = re.compile(r"Signal \d+ \((SIG\w+)\) received by PID")
+# gloo of torch 2.9 says on stdout whom each rank is connected to.
+_CONNECTED = re.compile(r"^\[Gloo\] Rank \d+ is connected to .*\n?", re.MULTILINE)
 # torchrun ends the other ranks with this one.
 _ENDED = "SIGTERM"
 
@@ -73,7 +75,7 @@ def run(
 
 def _read(code: int, output: str, errors: str, crash: bool) -> Run:
     """Python exits with 1 for any exception, so an exit code counts only with the line that goes with it."""
-    output = output.strip()
+    output = _CONNECTED.sub("", output).strip()
     last = output.rpartition("\n")[2]
     killed = [name for name in _KILLED.findall(errors) if name != _ENDED]
     if crash and code and killed:

@@ -3,6 +3,8 @@
 const report = JSON.parse(byId("data").textContent);
 const rank = new Map(report.statuses.map((style, i) => [style.status, i]));
 const styleOf = (status) => report.statuses[rank.get(status)];
+// What cases of several versions share stands once, in front.
+if (report.shared) report.cases = report.cases.map(({ at, ...own }) => ({ ...report.shared[at], ...own }));
 const list = (value) => value ?? []; // what is empty is left out of the data
 
 const filter = { text: "", statuses: new Set(), changes: new Set(), facets: new Map() };

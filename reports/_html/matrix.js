@@ -1,7 +1,10 @@
-// The heat map: operators down, placements across; one cell can be reached by Tab, the others by arrows.
+// The heat map: operators down, placements or versions across; one cell can be reached by Tab, the others by arrows.
 
 const BOTH = "both";
-let current = ""; // the place of the cell that Tab reaches: operator, direction, placement
+let current = ""; // the place of the cell that Tab reaches: operator, direction, column
+// What can stand across, the first one at the beginning: the name of a field of cases, and its values.
+const pivots = report.pivots ?? [{ name: "placement", values: report.placements }];
+let across = pivots[0];
 
 function group(items, key) {
   const groups = new Map();
@@ -27,13 +30,13 @@ function rowsOf(items) {
     const directions = [...group(own, (item) => item.direction)].sort(([a], [b]) =>
       (a !== "forward") - (b !== "forward") || (a < b ? -1 : 1));
     for (const [direction, cases] of directions) {
-      const cells = group(cases, (item) => item.placement);
-      const seen = JSON.stringify(report.placements.map((placement) =>
-        cells.has(placement) ? cellText(summarise(cells.get(placement))) : ""));
+      const cells = group(cases, (item) => item[across.name]);
+      const seen = JSON.stringify(across.values.map((column) =>
+        cells.has(column) ? cellText(summarise(cells.get(column))) : ""));
       const last = rows.at(-1);
       if (last && last.operator === operator && last.seen === seen) {
         last.direction = BOTH;
-        for (const [placement, more] of cells) last.more.set(placement, more);
+        for (const [column, more] of cells) last.more.set(column, more);
       } else {
         rows.push({ operator, direction, cells, seen, more: new Map() });
       }
@@ -42,17 +45,17 @@ function rowsOf(items) {
   return rows;
 }
 
-function cellButton(row, placement) {
-  const items = row.cells.get(placement);
+function cellButton(row, column) {
+  const items = row.cells.get(column);
   const cell = summarise(items);
-  const place = JSON.stringify([row.operator, row.direction, placement]);
+  const place = JSON.stringify([row.operator, row.direction, column]);
   const button = el("button",
     { type: "button", class: "cell", "data-status": cell.style.status, "data-place": place, tabindex: "-1" },
     el("span", { "aria-hidden": "true" }, cellText(cell)),
     el("span", { class: "unseen" }, cellWords(cell)));
   button.addEventListener("click", () => {
     setCurrent(button);
-    openPanel(`${row.operator}, ${placement}, ${row.direction}`, [...items, ...list(row.more.get(placement))]);
+    openPanel(`${row.operator}, ${column}, ${row.direction}`, [...items, ...list(row.more.get(column))]);
   });
   return button;
 }
@@ -61,15 +64,16 @@ function drawMatrix() {
   const grid = byId("grid");
   if (!grid) return;
   const shown = planned.filter((item) => matches(item) && (showsAll() || ranAtAll.has(item.operator)));
-  const placements = report.placements.filter((name) => shown.some((item) => item.placement === name));
+  const there = new Set(shown.map((item) => item[across.name]));
+  const columns = across.values.filter((name) => there.has(name));
   const rows = rowsOf(shown);
   grid.tHead.rows[0].replaceChildren(
-    ...["operator", "direction", ...placements].map((text) => el("th", { scope: "col" }, text)));
+    ...["operator", "direction", ...columns].map((text) => el("th", { scope: "col" }, text)));
   grid.tBodies[0].replaceChildren(...rows.map((row, i) => el("tr", {},
     el("th", { scope: "row" },
       el("span", { class: i && rows[i - 1].operator === row.operator ? "again" : undefined }, row.operator)),
     el("td", { class: "direction" }, row.direction),
-    placements.map((name) => el("td", {}, row.cells.has(name) ? cellButton(row, name) : null)))));
+    columns.map((name) => el("td", {}, row.cells.has(name) ? cellButton(row, name) : null)))));
   const left = report.cases.length - new Set([...shown, ...report.cases.filter((c) => !matches(c))]).size;
   byId("left-out").textContent = left
     ? `${counted(left, "case")} of operators of which nothing ran ${left === 1 ? "is" : "are"} not in the matrix.`

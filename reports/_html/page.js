@@ -27,7 +27,24 @@ function facetSelect(facet) {
     else filter.facets.set(facet.name, facet.values[at]);
     redraw();
   });
+  const preset = facet.values.indexOf((report.preset ?? {})[facet.name]);
+  if (preset >= 0) {
+    select.value = String(preset);
+    filter.facets.set(facet.name, facet.values[preset]);
+  }
   return el("label", {}, facet.name, select);
+}
+
+// What stands across, where there is a choice.
+function acrossSelect() {
+  if (pivots.length < 2) return null;
+  const select = el("select", { id: "across" },
+    pivots.map((pivot, i) => el("option", { value: String(i) }, pivot.name)));
+  select.addEventListener("change", () => {
+    across = pivots[Number(select.value)];
+    redraw();
+  });
+  return el("label", {}, "columns", select);
 }
 
 // The counts of a list become buttons that filter by what they count.
@@ -86,7 +103,7 @@ function addFilters() {
   });
   byId("filters").append(
     el("label", {}, el("span", {}, "Search ", el("kbd", { "aria-hidden": "true" }, "/")), search),
-    ...list(report.facets).map(facetSelect), all, clear,
+    ...[acrossSelect()].filter(Boolean), ...list(report.facets).map(facetSelect), all, clear,
     el("p", { class: "dim small keys", id: "keys" },
       "/ searches, arrow keys move between cells, Enter opens what has the focus, Escape closes it."));
   byId("grid").setAttribute("role", "grid");

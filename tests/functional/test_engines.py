@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch_here
 from click.testing import CliRunner
 
 from attncheck import cli, environment
@@ -127,11 +128,12 @@ def probe(tmp_path: Path) -> str:
     return str(file)
 
 
-pytestmark = pytest.mark.skipif(
-    not environment.simulates_ranks(), reason="this torch has no LocalTensorMode"
+simulated = pytest.mark.skipif(
+    torch_here.before("2.10"), reason="LocalTensorMode came with torch 2.10"
 )
 
 
+@simulated
 def test_both_engines_agree_on_what_is_right_wrong_refused_and_costly(
     tmp_path: Path, probe: str
 ) -> None:
@@ -160,6 +162,7 @@ def test_both_engines_agree_on_what_is_right_wrong_refused_and_costly(
     assert "wrong with processes, supported simulated" in outcomes[min(planted)]["message"]
 
 
+@simulated
 @pytest.mark.slow
 def test_64_ranks_in_one_process(tmp_path: Path, probe: str) -> None:
     report = scan(
@@ -186,6 +189,7 @@ def test_64_ranks_in_one_process(tmp_path: Path, probe: str) -> None:
 def test_a_torch_without_it_is_told_before_anything_runs(
     engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert environment.simulates_ranks() is not torch_here.before("2.10")
     monkeypatch.setattr(environment, "simulates_ranks", lambda: False)
     monkeypatch.setattr(launch, "run_workers", lambda *_: pytest.fail("workers were started"))
     done = CliRunner().invoke(cli.main, ["scan", "--engine", engine])
@@ -249,6 +253,7 @@ print("all held")
 """
 
 
+@simulated
 def test_whose_fault_it_is_and_what_each_simulated_rank_has(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", IN_ONE_PROCESS],

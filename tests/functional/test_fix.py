@@ -29,7 +29,7 @@ def attncheck(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,  # three scans of up to four ranks, on a machine that others use too
         check=False,
     )
 

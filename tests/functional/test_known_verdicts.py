@@ -1,7 +1,7 @@
-"""The real thing, end to end: a quick scan of torch 2.13.0 and flash-attn 2.8.3.post2 on CPU.
+"""The real thing, end to end: a quick scan of the torch here and flash-attn 2.8.3.post2 on CPU.
 
-What stands here was confirmed with scripts that do not use attncheck; another torch may differ, and then
-this table is what has to be looked at.
+What stands here was confirmed with scripts that do not use attncheck, under each torch in
+`torch_here.RUN_WITH`; another torch may differ, and then this table is what has to be looked at.
 """
 
 from __future__ import annotations
@@ -13,34 +13,44 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-pytestmark = pytest.mark.skipif(
-    not torch.__version__.startswith("2.13.0"), reason="the verdicts are those of torch 2.13.0"
-)
+from torch_here import before, measured
 
 OK, COSTS, MISSING, MIXED = "supported", "redistributed", "missing_strategy", "mixed_tensor"
+ERROR = "error"
+# Matmul folds batch and heads in a view. With heads sharded PyTorch gathered q, k and v for it, then
+# refused it ("Sharding propagation failed for aten.view"), and now keeps them sharded.
+FOLDED_HEADS = measured({"2.6.0": COSTS, "2.9.1": ERROR, "2.13.0": OK})
 DENSE = {
     "replicate": (OK, OK),
     "batch": (OK, OK),
-    "heads": (OK, OK),
+    "heads": (FOLDED_HEADS, FOLDED_HEADS),
     "sequence": (COSTS, COSTS),
     "query": (OK, OK),
 }
+# The CPU flash op is decomposed for want of a strategy (where its decomposition takes no branch).
+DECOMPOSED = {
+    "replicate": (OK, MISSING),
+    "batch": (OK, MISSING),
+    "heads": (COSTS, MISSING),
+    "sequence": (COSTS, MISSING),
+    "query": (OK, MISSING),
+}
+REFUSED = dict.fromkeys(DENSE, (MISSING, MISSING))
 # (operator, setting) -> placement -> (forward, backward)
 EXPECTED: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     ("fallback.matmul", "plain"): DENSE,
     ("fallback.einsum", "plain"): DENSE,
-    ("sdpa[MATH]", "plain"): DENSE,
-    ("sdpa[MATH]", "causal"): dict.fromkeys(DENSE, (MIXED, MIXED)),
-    ("sdpa", "causal"): dict.fromkeys(DENSE, (MISSING, MISSING)),
-    ("sdpa", "plain"): {
-        "replicate": (OK, MISSING),
-        "batch": (OK, MISSING),
-        "heads": (COSTS, MISSING),
-        "sequence": (COSTS, MISSING),
-        "query": (OK, MISSING),
+    # With q sharded its backward had one collective, up to 2.9.
+    ("sdpa[MATH]", "plain"): {
+        **DENSE,
+        "query": (OK, measured({"2.6.0": COSTS, "2.11.0": OK})),
     },
+    ("sdpa[MATH]", "causal"): {
+        **dict.fromkeys(DENSE, (MIXED, MIXED)),
+        **({"heads": DENSE["heads"]} if FOLDED_HEADS == ERROR else {}),
+    },
+    ("sdpa", "causal"): REFUSED,
+    ("sdpa", "plain"): measured({"2.6.0": REFUSED, "2.13.0": DECOMPOSED}),
     ("flash_attn_func", "plain"): dict.fromkeys(("replicate", "batch", "heads"), (MISSING,) * 2),
     ("flash_attn_func", "causal"): dict.fromkeys(("replicate", "batch", "heads"), (MISSING,) * 2),
 }
@@ -87,6 +97,7 @@ def test_what_is_missing_is_named_at_once(quick: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.skipif(before("2.13"), reason="up to torch 2.11 the forward is refused")
 def test_heads_sharded_come_back_replicated_after_three_gathers(quick: dict[str, Any]) -> None:
     (case,) = (
         c for c in quick["cases"] if "/sdpa/plain/" in c["id"] and "/heads/forward" in c["id"]
@@ -99,7 +110,8 @@ def test_heads_sharded_come_back_replicated_after_three_gathers(quick: dict[str,
 
 
 def test_nothing_is_unknown_and_memory_is_small(quick: dict[str, Any]) -> None:
-    assert set(quick["summary"]) <= {OK, COSTS, MISSING, MIXED}
+    refused = {ERROR} if FOLDED_HEADS == ERROR else set()
+    assert set(quick["summary"]) == {OK, COSTS, MISSING, MIXED} | refused
     assert len(quick["cases"]) >= 80
     assert max(quick["environment"]["peak_rss_mib"]) < 1536
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch_here import TORCH
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,7 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
     [
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
-        ["mypy"],
+        pytest.param(
+            ["mypy"],
+            marks=pytest.mark.skipif(
+                str(TORCH) != "2.13.0",
+                reason="each torch is typed differently: mypy knows 2.13.0's",
+            ),
+        ),
         ["lint-imports"],
     ],
     ids=" ".join,

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 YESTERDAY = datetime.date.today() - datetime.timedelta(days=1)
-# Communicates unasked with a sharded sequence (ATN301), and is right with sharded heads.
+# Communicates unasked with a sharded sequence (ATN301), and is right with a sharded batch.
 SMALL = ("--operator", "fallback.matmul", "--setting", "plain", "--direction", "forward")
-PLACEMENTS = ("--placement", "sequence", "--placement", "heads")
+PLACEMENTS = ("--placement", "sequence", "--placement", "batch")
 
 
 def attncheck(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -56,10 +56,10 @@ def test_shards_are_joined(scanned: Path) -> None:
     done = attncheck("merge", "b.json", "a.json", "-o", "json:m.json", cwd=scanned)
     assert done.returncode == 0, done.stderr
     joined = json.loads((scanned / "m.json").read_text())
-    assert [case["placement"] for case in joined["cases"]] == ["heads", "sequence"]
+    assert [case["placement"] for case in joined["cases"]] == ["batch", "sequence"]
     assert joined["summary"] == {"redistributed": 1, "supported": 1}
     assert {finding["rule"] for finding in joined["findings"]} == {"ATN301"}
-    # Judged over all cases: what works with heads is in the other shard.
+    # Judged over all cases: what works with a sharded batch is in the other shard.
     (remedy, *_) = joined["findings"][0]["remedies"]
     assert remedy["evidence"] == [joined["cases"][0]["id"]]
 
@@ -170,7 +170,7 @@ WAIVER = '{rule = "ATN301", placement = "sequence", reason = "we gather anyway"%
             1,
             f"Ignored until {YESTERDAY}, and counts again: 1 case",
         ),
-        (WAIVER.replace("sequence", "batch") % "", 1, "Nothing is ignored by ATN301"),
+        (WAIVER.replace("sequence", "heads") % "", 1, "Nothing is ignored by ATN301"),
     ],
     ids=["none", "holds", "expired", "another placement"],
 )

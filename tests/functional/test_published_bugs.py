@@ -7,19 +7,19 @@ of these tests, is a report that has gone stale.
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch_here
 
 from attncheck import plugins
 
 ROOT = Path(__file__).resolve().parents[2]
 BUGS = ROOT / "reports" / "published" / "bugs"
-TORCH = importlib.metadata.version("torch").split("+")[0]
+TORCH = str(torch_here.TORCH)
 # One process each, some 3 s: what the default run affords.
 QUICK = ("cudnn-any-bias-fails", "register-sharding-ignored")
 
@@ -45,6 +45,8 @@ def needed(slug: str) -> None:
 
 
 def runs_as_reported(slug: str) -> None:
+    if TORCH not in render.recorded()[slug]:
+        pytest.skip(f"no outcome of {slug} is recorded under torch {TORCH}")
     code, output = render.run(slug)
     assert code == render.recorded()[slug][TORCH], output
     if render.base(slug) == TORCH:
@@ -102,6 +104,12 @@ def test_the_published_scripts_are_no_report_formats():
     """reports/ is a shelf of formats; what is published lies below it."""
     assert not set(SLUGS) & set(plugins.formats())
     assert not any("published" in format_.path.parts for format_ in plugins.formats().values())
+
+
+def test_the_quick_ones_were_asked_under_every_torch():
+    without = {slug: set(torch_here.RUN_WITH) - set(render.recorded()[slug]) for slug in QUICK}
+    # 2.6 has no strategy for the cuDNN op at all, which its script would take for its bug.
+    assert without == {"cudnn-any-bias-fails": {"2.6.0"}, "register-sharding-ignored": set()}
 
 
 @pytest.mark.parametrize("slug", QUICK)

@@ -11,6 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch_here
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,10 +32,16 @@ COMMANDS = [line for line in LINES if line.startswith("attncheck ")]
 MAIN_JOB = INSTALLS[0].rpartition(".venv/bin/")[2]
 
 # Exit 1 is a finding: the README shows scans that have some.
-EXITS = {"scan": {0, 1}, "hunt": {0, 1}, "fix": {0}}
+EXITS = {"scan": {0, 1}, "hunt": {0, 1}, "fix": {0}, "matrix": {2, 3}}
 # A hunt takes the minutes it is given; what it finds in fewer is not for a README to promise.
 # Nor has every operator of a package to be mended to see that the command does it.
-SHORTER = {"hunt": ("--minutes", "0.6"), "fix": ("--operator", "flash_attn_func")}
+# Matrices would install gigabytes: with nothing to install from, each says of every version that it cannot;
+# test_matrix.py runs one.
+SHORTER = {
+    "hunt": ("--minutes", "0.6"),
+    "fix": ("--operator", "flash_attn_func"),
+    "matrix": ("--no-index", "--find-links", ".", "--operator", "fallback.matmul"),
+}
 # The second scans with what the first wrote; test_fix.py does both with a smaller op in every run.
 # Of scans the default run has the main job above, and those of test_known_verdicts.py and test_cli.py.
 SLOW = (
@@ -39,6 +51,7 @@ SLOW = (
     "attncheck fix",
     "attncheck scan --with flash-attn --operator",
     "attncheck report report.json --format markdown --for",
+    "attncheck matrix --torch 2.6.0,2.15.0 --bisect",
 )
 
 
@@ -61,6 +74,20 @@ def test_the_two_commands_are_single_lines_and_ci_runs_the_second() -> None:
     for step in INSTALLS[1].split(" && ")[1:]:
         words = step.replace("pip install", "pip install --quiet --disable-pip-version-check")
         assert words in steps
+
+
+def test_the_command_for_another_torch() -> None:
+    """`test` is what `dev` has, and pins no torch; the versions are those that were run."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert extras["dev"] == ["torch==2.13.0", "attncheck[test]"]
+    assert not [one for one in extras["test"] if one.startswith("torch")]
+    *older, newest = torch_here.RUN_WITH
+    assert f"The functional tests pass on torch {', '.join(older)} and {newest};" in README
+    assert (
+        "other/bin/pip install -e '.[test]' && other/bin/python -m pytest tests/functional"
+        in README
+    )
 
 
 def test_main_job(tmp_path: Path) -> None:
@@ -90,6 +117,9 @@ def test_command(line: str, folder: Path) -> None:
     """In the order of the README: `report` reads what the scan before it wrote."""
     done = run(line, folder, *SHORTER.get(line.split()[1], ()))
     assert done.returncode in EXITS.get(line.split()[1], {0}), done.stderr
+    if line.startswith("attncheck matrix"):
+        for version in re.findall(r"2\.\d+\.\d+(?=[ ,])", line.partition("--torch")[2]):
+            assert f"Cannot install torch {version}" in done.stderr
     assert done.stdout or "wrote" in done.stderr
 
 

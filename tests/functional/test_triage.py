@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from torch_here import before
 
 from attncheck import plugins
 from attncheck.cli import main
@@ -36,6 +37,7 @@ from attncheck.triage import confirming, triaging
 SHELF = plugins.load_probes()
 PROBE = Path(__file__).parent / "triage_probe.py"
 CPU_FLASH = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+MIXED = f"aten.add.Tensor{':' if before('2.10') else ''} got mixed torch.Tensor and DTensor"
 
 Triage = Callable[..., tuple[int, str, str]]
 
@@ -95,12 +97,12 @@ CASES: dict[str, tuple[Report, Collection[str]]] = {
             "aten.add.Tensor",
             "sdpa[MATH]",
             "causal",
-            "heads",
+            "batch",
             refused("aten.add.Tensor", "mixed"),
         ),
         [
             "    with sdpa_kernel(SDPBackend.MATH):\n",
-            "RuntimeError: aten.add.Tensor got mixed torch.Tensor and DTensor",
+            f"RuntimeError: {MIXED}",
         ],
     ),
     "unasked communication": (
@@ -158,7 +160,7 @@ def test_a_finding_is_confirmed_by_the_script_that_is_printed(name: str, triage:
 
 def test_a_finding_that_is_not_so_is_not_confirmed(triage: Triage) -> None:
     """The operator is right, and a doctored report says that it is wrong."""
-    report = report_of("ATN201", "aten.bmm.default", "fallback.matmul", "plain", "heads", wrong())
+    report = report_of("ATN201", "aten.bmm.default", "fallback.matmul", "plain", "batch", wrong())
     code, page, told = triage(report, "--finding", "ATN201")
     assert code == 3
     assert "the script does not show it here" in page
@@ -270,7 +272,7 @@ def test_a_probe_of_ones_own(tmp_path: Path) -> None:
 
 # What each rule's script prints of the planted mistake.
 SHOWN = {
-    "ATN103": "aten.add.Tensor got mixed torch.Tensor and DTensor",
+    "ATN103": MIXED,
     "ATN201": "out, (Shard(dim=1),): largest error",
     "ATN202": "gradient of k, (Shard(dim=1),): largest error",
     "ATN203": "error on whole tensors",

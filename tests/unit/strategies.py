@@ -9,6 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from attncheck.cells import Bisection, Cell, Matrix, Turn
 from attncheck.model import (
     Case,
     CaseResult,
@@ -141,3 +142,21 @@ def environments() -> st.SearchStrategy[dict[str, Any]]:
 def reports(finite: bool = True) -> st.SearchStrategy[Report]:
     results = st.builds(CaseResult, cases(), outcomes(finite))
     return st.builds(Report, environments(), tuples(results, 5), tuples(findings(), 3))
+
+
+def matrices(finite: bool = True) -> st.SearchStrategy[Matrix]:
+    """Cells of any versions: packages may be missing, and a combination may be there twice."""
+    versions = st.dictionaries(
+        st.sampled_from(["torch", "flash-attn", "xformers"]) | TEXT,
+        st.sampled_from(["2.9.1", "2.13.0", ""]) | TEXT,
+        max_size=3,
+    )
+    cells = st.builds(Cell, versions, st.none() | reports(finite), TEXT, COUNTS)
+    turns = st.builds(Turn, TEXT, st.sampled_from(Status), st.sampled_from(Status))
+    names = st.sampled_from(["2.9.1", "2.13.0"]) | TEXT
+    bisections = st.builds(
+        Bisection,
+        *(TEXT, TEXT, tuples(names), tuples(names), TEXT | names, TEXT | names, tuples(turns)),
+        st.dictionaries(TEXT, TEXT, max_size=2),
+    )
+    return st.builds(Matrix, environments(), tuples(cells), st.none() | bisections)

@@ -95,7 +95,7 @@ def test_a_failed_check_hides_a_pass_but_never_a_failure() -> None:
         changed = [
             dataclasses.replace(r, outcome=Outcome(s)) for r, s in zip(results, pair, strict=True)
         ]
-        return view._cell(changed).status
+        return view.cell_of(changed).status
 
     assert status(Status.SUPPORTED, Status.UNKNOWN) is Status.UNKNOWN
     assert status(Status.DRIFT, Status.UNKNOWN) is Status.DRIFT
@@ -243,7 +243,7 @@ def test_the_first_remedy_is_the_best_one_that_has_code() -> None:
 
     def first(*remedies: Remedy) -> int | None:
         finding = dataclasses.replace(sample_report.sample().findings[0], remedies=remedies)
-        return view._finding(finding, {right.case.id: right}).first_remedy
+        return view.finding_view(finding, {right.case.id: right}).first_remedy
 
     plain, code = Remedy("report", "tell"), Remedy("route", "x", "code")
     proven = Remedy("route", "y", "code", (right.case.id,))

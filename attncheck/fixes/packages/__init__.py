@@ -17,6 +17,7 @@ from attncheck.fixes.packages import (
     torch_overrides,
     torch_sdpa,
     torch_varlen,
+    torch_views,
     xformers,
 )
 
@@ -37,6 +38,7 @@ def known() -> tuple[Signature, ...]:
         *torch_overrides.SIGNATURES,
         *torch_kernels.SIGNATURES,
         *torch_varlen.SIGNATURES,
+        *torch_views.SIGNATURES,
         *flash_attn.SIGNATURES,
         *flash_attn_3.SIGNATURES,
         *xformers.SIGNATURES,

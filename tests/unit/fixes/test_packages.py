@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import Replicate, Shard
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "oracle"))
 
@@ -25,7 +26,7 @@ import verify_signatures as verifying
 from attncheck import provision, standins
 from attncheck.fixes import notation, packages
 from attncheck.fixes.notation import Signature, read
-from attncheck.fixes.packages import npu, torch_kernels, torch_overrides
+from attncheck.fixes.packages import npu, torch_kernels, torch_overrides, torch_views
 from attncheck.fixes.strategies import find_op
 
 ROOT = Path(__file__).parents[3]
@@ -95,6 +96,18 @@ def test_overrides_end_where_nobody_looked() -> None:
         assert torch.torch_version.TorchVersion(first) < torch.torch_version.TorchVersion(last)
         # 2.14.1 was looked at, 2.15 was not: reports/published/bugs/seen.json
         assert last == "2.15"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [((4,), {0}), ((4, 6), {0, 1}), ((4, 6, 8), {0, 1, 2}), ((4, 6, 8, 10), {0, 1, 2}),
+     ((4, 6, 3, 8, 10), {0, 1, 3})],
+)  # fmt: skip
+def test_a_view_is_sharded_as_what_it_is_a_view_of(shape: tuple[int, ...], dims: set[int]) -> None:
+    (alias,) = torch_views.SIGNATURES
+    found = notation.layouts(alias, {}, {"self": shape}, (2,))
+    assert all(layout.gives == (layout.takes["self"],) for layout in found)
+    assert {layout.gives[0] for layout in found} == {(Replicate(),), *((Shard(d),) for d in dims)}
 
 
 # --- layouts -------------------------------------------------------------------------------------

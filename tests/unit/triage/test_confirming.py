@@ -36,6 +36,14 @@ def test_verdicts(code: int, output: str, errors: str, crash: bool, shows: bool 
     assert bool(run.why) == (shows is None)
 
 
+def test_what_gloo_says_is_not_the_scripts() -> None:
+    gloo = "[Gloo] Rank {} is connected to 1 peer ranks. Expected number of connected peer ranks is : 1\n"
+    output = f"{gloo.format(0)}op X has no strategy\nBUG\n{gloo.format(1)}"
+    assert confirming._read(1, output, "", crash=False) == confirming.Run(
+        True, "op X has no strategy\nBUG"
+    )
+
+
 def test_why_it_did_not_end_is_what_its_exception_said() -> None:
     errors = (
         "W1129 torchrun noise\n"
