@@ -1010,8 +1010,9 @@ def _best(made: MatrixView, laid: _Laid, cells: Sequence[_Ran]) -> Iterable[str]
         yield f"{right}, in {named(lambda each: each.works == most)}: no combination has more."
     best = next(each for each in tried if each.best)
     if not all(each.best for each in tried if each.works == most):
+        come = "comes" if sum(each.best for each in tried) == 1 else "come"
         yield (
-            f"Of these {named(lambda each: each.best)} comes first: {best.right} of {best.ran} cases are "
+            f"Of these {named(lambda each: each.best)} {come} first: {best.right} of {best.ran} cases are "
             f"right, {best.free} without communication nobody asked for."
         )
     if most != least:

@@ -79,7 +79,8 @@ def _read(file: Path) -> dict[str, Outcome]:
     for line in lines:
         with contextlib.suppress(msgspec.MsgspecError):
             decoded = decoder.decode(line)
-            known[decoded.key] = decoded.outcome
+            if lasting(decoded.outcome):
+                known[decoded.key] = decoded.outcome
     return known
 
 
@@ -114,8 +115,10 @@ class Verdicts:
 
 
 def lasting(outcome: Outcome) -> bool:
-    """Whether another run would say the same: not where the check itself failed, or the case was not run."""
-    return outcome.status is not Status.UNKNOWN and outcome.reason is not Reason.NOT_RUN
+    """Whether another run would say the same: not where the check itself failed, the case was not run, or a
+    deadline was missed, which a loaded machine can do as well as ranks that wait for each other."""
+    passing = (Status.UNKNOWN, Status.HANG)
+    return outcome.status not in passing and outcome.reason is not Reason.NOT_RUN
 
 
 def scope(

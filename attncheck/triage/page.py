@@ -84,7 +84,8 @@ class Desk:
 
     def shown(self, finding: Finding) -> FindingView:
         """The finding as every format shows it, free of control characters."""
-        key = repr((finding.fingerprint, finding.rule, finding.kernel_op, finding.cases))
+        # All of it: in a report from elsewhere two findings may have one fingerprint.
+        key = repr(finding)
         if key not in self._shown:
             concerned = {*finding.cases, *(c for r in finding.remedies for c in r.evidence)}
             cases = tuple(self._by_id[c] for c in sorted(concerned) if c in self._by_id)

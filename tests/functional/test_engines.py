@@ -128,9 +128,7 @@ def probe(tmp_path: Path) -> str:
     return str(file)
 
 
-simulated = pytest.mark.skipif(
-    torch_here.before("2.10"), reason="LocalTensorMode came with torch 2.10"
-)
+simulated = pytest.mark.skipif(torch_here.before("2.10"), reason=torch_here.NO_SIMULATION)
 
 
 @simulated

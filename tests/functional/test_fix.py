@@ -129,15 +129,16 @@ def test_a_wrong_signature_is_never_written_as_a_fix(monkeypatch: pytest.MonkeyP
 # --- WAN 14B -------------------------------------------------------------------------------------
 
 
-def test_wan_14b_heads_sharded_without_communication(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", ["2", pytest.param("4", marks=pytest.mark.slow)])
+def test_wan_14b_heads_sharded_without_communication(ranks: str, tmp_path: Path) -> None:
     """The report that this tool began with: 40 heads of 128 over 2 and 4 ranks, self- and cross-attention."""
     done = attncheck(
         "scan", "--probe", PROBE, "-k", "wan", "--with", "flash-attn", "--fix", "known",
-        "--mesh", "2", "--mesh", "4", "-o", "json:r.json", folder=tmp_path,
+        "--mesh", ranks, "-o", "json:r.json", folder=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     cases = json.loads((tmp_path / "r.json").read_text())["cases"]
-    assert len(cases) == 8
+    assert len(cases) == 4
     for case in cases:
         assert case["outcome"]["status"] == "supported", case["id"]
         assert not case["outcome"].get("collectives"), case["id"]
@@ -177,12 +178,12 @@ def test_bad_input_is_one_sentence(
 def test_a_report_of_another_torch_is_refused(tmp_path: Path) -> None:
     report = {
         "schema_version": 1,
-        "environment": {"packages": {"torch": "2.6.0"}},
+        "environment": {"packages": {"torch": "2.5.1"}},
         "cases": [],
         "findings": [],
         "summary": {},
     }
     file = tmp_path / "old.json"
     file.write_text(json.dumps(report))
-    with pytest.raises(UserError, match=r"old\.json was made with torch 2\.6\.0, and here is"):
+    with pytest.raises(UserError, match=r"old\.json was made with torch 2\.5\.1, and here is"):
         fixing.read(file)

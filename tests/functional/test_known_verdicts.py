@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch_here import before, measured
+from torch_here import FLASH_ATTN_VIEWS, before, measured
 
 OK, COSTS, MISSING, MIXED = "supported", "redistributed", "missing_strategy", "mixed_tensor"
 ERROR = "error"
@@ -89,12 +89,16 @@ def test_every_verdict(quick: dict[str, Any]) -> None:
 
 def test_what_is_missing_is_named_at_once(quick: dict[str, Any]) -> None:
     missing = {f["kernel_op"] for f in quick["findings"] if f["rule"] in ("ATN101", "ATN102")}
-    assert missing == {
-        "aten._scaled_dot_product_flash_attention_for_cpu.default",
-        "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
-        "flash_attn._flash_attn_forward.default",
-        "flash_attn._flash_attn_backward.default",
-    }
+    assert (
+        missing
+        == {
+            "aten._scaled_dot_product_flash_attention_for_cpu.default",
+            "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
+            "flash_attn._flash_attn_forward.default",
+            "flash_attn._flash_attn_backward.default",
+        }
+        | FLASH_ATTN_VIEWS
+    )
 
 
 @pytest.mark.skipif(before("2.13"), reason="up to torch 2.11 the forward is refused")

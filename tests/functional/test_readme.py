@@ -43,15 +43,19 @@ SHORTER = {
     "matrix": ("--no-index", "--find-links", ".", "--operator", "fallback.matmul"),
 }
 # The second scans with what the first wrote; test_fix.py does both with a smaller op in every run.
-# Of scans the default run has the main job above, and those of test_known_verdicts.py and test_cli.py.
+# Of scans the default run has the main job above, the one that the commands after it report on, and those
+# of test_known_verdicts.py (sdpa), test_gate.py (repeats), test_engines.py (simulated) and test_cli.py, which
+# also lists kernel ops.
 SLOW = (
     "attncheck scan --level quick",
-    "attncheck scan --operator fallback.matmul --mesh",
+    "attncheck scan --operator 'sdpa*'",
+    "attncheck scan --operator fallback.matmul",
+    "attncheck list --kernel-ops",
     "attncheck hunt",
     "attncheck fix",
     "attncheck scan --with flash-attn --operator",
     "attncheck report report.json --format markdown --for",
-    "attncheck matrix --torch 2.6.0,2.15.0 --bisect",
+    "attncheck matrix --torch 2.9.1,2.15.0 --bisect",
 )
 
 
@@ -101,7 +105,7 @@ def test_main_job(tmp_path: Path) -> None:
     assert {f["kernel_op"] for f in report["findings"]} == {
         "flash_attn._flash_attn_forward.default",
         "flash_attn._flash_attn_backward.default",
-    }
+    } | torch_here.FLASH_ATTN_VIEWS
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +113,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readme")
 
 
-@pytest.mark.parametrize(
-    "line",
-    [pytest.param(c, marks=[pytest.mark.slow] if c.startswith(SLOW) else []) for c in COMMANDS],
-)
+def marks(line: str) -> list[pytest.MarkDecorator]:
+    found = [pytest.mark.slow] if line.startswith(SLOW) else []
+    if "--engine simulated" in line:
+        found += [pytest.mark.skipif(torch_here.before("2.10"), reason=torch_here.NO_SIMULATION)]
+    return found
+
+
+@pytest.mark.parametrize("line", [pytest.param(line, marks=marks(line)) for line in COMMANDS])
 def test_command(line: str, folder: Path) -> None:
     """In the order of the README: `report` reads what the scan before it wrote."""
     done = run(line, folder, *SHORTER.get(line.split()[1], ()))

@@ -176,7 +176,7 @@ def test_two_at_once_do_not_clash(
 ) -> None:
     meet = threading.Barrier(2, timeout=20)
 
-    def slow(arguments: Sequence[str], target: Path, *rest: object) -> None:
+    def slow(arguments: Sequence[str], target: Path, *rest: object, **named: object) -> None:
         if "einops" in arguments:
             meet.wait()  # both have filled their own folder before either moves it into place
         fake_install(arguments, target)

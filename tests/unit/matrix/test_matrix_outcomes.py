@@ -59,6 +59,7 @@ def test_an_outcome_is_written_once(tmp_path: Path) -> None:
     "outcome",
     [
         Outcome(Status.UNKNOWN, "the check failed"),
+        Outcome(Status.HANG, "no end after 120 s"),
         Outcome(Status.UNAVAILABLE, "ended before", reason=Reason.NOT_RUN),
     ],
 )
