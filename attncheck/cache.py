@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from attncheck.installer import MARKER
 from attncheck.provision import cache_root
 
-# A run that was written to within this time may be going on: see `attncheck.runner.scan`.
+# A run that was written to within this time may be going on: no case of any level is silent for longer.
 LIVE_SECONDS = 3600.0
 ENVIRONMENTS = "environments"
 # Folders of which each entry stands for itself; everything else in the cache is one entry.
@@ -63,7 +63,7 @@ def _children(folder: Path) -> list[Path]:
 
 def _entry(path: Path, kind: str) -> Entry:
     name = path.relative_to(cache_root()).as_posix()
-    return Entry(name, kind, path, _known_bytes(path) or disk_bytes(path), _used(path))
+    return Entry(name, kind, path, _known_bytes(path) or disk_bytes(path), last_used(path))
 
 
 def _known_bytes(path: Path) -> int:
@@ -92,8 +92,8 @@ def disk_bytes(path: Path) -> int:
     return total
 
 
-def _used(path: Path) -> float:
-    """Unix time of the newest of the entry and what lies in it directly (0 where it is gone)."""
+def last_used(path: Path) -> float:
+    """Unix time of the newest of an entry and what lies in it directly (0 where it is gone)."""
     times = [0.0]
     for file in (path, *_children(path)):
         with contextlib.suppress(OSError):

@@ -62,6 +62,7 @@ def _versions(package: str) -> Callable[[Any], Any]:
 @many("--mesh", metavar="SHAPE", help="Device mesh, e.g. 2x2 or dp=2,tp=2 (repeatable).")
 @click.option("--repeats", type=int, metavar="N", help="Run each case with N sets of values.")
 @click.option("--device", "device_", default="cpu", metavar="NAME", help="cpu (default) or cuda.")
+# The same in every matrix, or no outcome could be used again.
 @click.option("--seed", type=int, default=0, help="Seed of the values (default 0).")
 @click.option("--case-timeout", type=float, metavar="SECONDS", help="Deadline of a case.")
 @many("--probe", "probes", metavar="FILE", help="A probe file of your own. Its code is run.")
@@ -124,6 +125,7 @@ def _run(request: MatrixRequest, given: dict[str, Any]) -> Matrix:
 
 def _request(given: dict[str, Any]) -> MatrixRequest:
     from attncheck.commands.scan import fix_files
+    from attncheck.installer import redacted
     from attncheck.matrix.environments import Source
     from attncheck.matrix.running import MatrixRequest
     from attncheck.plan import Selection, parse_mesh
@@ -149,7 +151,8 @@ def _request(given: dict[str, Any]) -> MatrixRequest:
         probe_files=given["probes"],
         select_rules=given["select"],
         ignore_rules=given["ignore"],
-        command="attncheck " + " ".join(sys.argv[1:]),
+        # It stands in every cell's report, and an index URL may hold a password.
+        command=redacted("attncheck " + " ".join(sys.argv[1:])),
         fixes=fix_files(given["fixes"]),
     )
     packages = {"flash-attn": _listed(given["flash_attn"]), "xformers": _listed(given["xformers"])}

@@ -203,18 +203,14 @@ def _made(folder: Path, torch: str, source: Source, log: Log) -> Environment:
         marker = {"recipe": RECIPE, "uv": uv, "executable": str(executable), "made": time.time()}
         marker |= {**told, "bytes": disk_bytes(folder)}
         files.write_text(folder / MARKER, json.dumps(marker, indent=1))
-    except UserError:
+    except BaseException as error:
         full = shutil.disk_usage(folder.parent).free < FULL_BYTES
         _removed(temporary)
         _removed(folder)
-        if full:
+        if full and isinstance(error, UserError):
             raise UserError(
                 f"Cannot install {what}: the disk that holds {folder.parent} is full."
             ) from None
-        raise
-    except BaseException:
-        _removed(temporary)
-        _removed(folder)
         raise
     made = _complete(folder, source)
     assert made is not None, folder

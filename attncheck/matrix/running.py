@@ -27,7 +27,6 @@ from attncheck import (
     cache,
     envcheck,
     environment,
-    installer,
     plugins,
     provision,
 )
@@ -59,8 +58,6 @@ Progress = Callable[[int, int, Case | None], None]
 
 # In the folder of a run: for each of its cases, where its outcome is kept.
 KEYS = "keys.json"
-# Every matrix draws the same values, or no outcome could be used again.
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -108,9 +105,8 @@ def combinations(request: MatrixRequest) -> list[Combination]:
         [provision.parse(f"{package}=={version_of(package, text)}") for text in versions]
         for package, versions in request.packages.items()
     ]
-    fixed = [provision.parse(text) for text in request.scan.with_packages]
     return [
-        Combination(torch, (*own, *fixed))
+        Combination(torch, tuple(own))
         for torch, *own in itertools.product(dict.fromkeys(torches), *packages)
     ]
 
@@ -142,7 +138,7 @@ def described(request: MatrixRequest, cases: Sequence[Case], began: float) -> di
         "level": asked.selection.level,
         "seed": asked.seed,
         "wall_seconds": round(time.time() - began, 1),
-        "command": installer.redacted(asked.command),
+        "command": asked.command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import math
 import os
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 from packaging.requirements import Requirement
 
-from attncheck import environment, inventory, plugins, provision, rules, sharding
+from attncheck import cache, environment, inventory, plugins, provision, rules, sharding
 from attncheck.errors import UserError, unknown
 from attncheck.inventory import REGISTERED
 from attncheck.model import (
@@ -42,8 +41,6 @@ from attncheck.runner.rundir import RunConfig, RunDir
 FIRST_HASH_SEED = 6
 CASE_TIMEOUT = {"quick": 120.0, "default": 180.0, "full": 1200.0}
 KEPT_RUNS = 10
-# A run that wrote within this time may still be going on: no case of any level is silent for longer.
-LIVE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -558,18 +555,9 @@ def new_run_folder() -> Path:
     except OSError as error:
         raise UserError(f"Cannot create the run folder {path}: {error.strerror}.") from None
     for old in sorted(folder.iterdir())[:-KEPT_RUNS]:
-        if time.time() - _last_written(old) > LIVE_SECONDS:
+        if time.time() - cache.last_used(old) > cache.LIVE_SECONDS:
             shutil.rmtree(old, ignore_errors=True)
     return path
-
-
-def _last_written(run: Path) -> float:
-    """Unix time of the newest file of a run (0 where it is gone)."""
-    times = [0.0]
-    for file in (run, *run.glob("*")):
-        with contextlib.suppress(OSError):
-            times.append(file.stat().st_mtime)
-    return max(times)
 
 
 def _latest_run_folder() -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from attncheck import cache, installer
+from attncheck.commands import matrix as command
 from attncheck.errors import UserError
 from attncheck.matrix import environments, running
 from attncheck.matrix.environments import Environment, Source
@@ -81,6 +83,23 @@ def test_without_a_budget_nothing_is_removed(root: Path) -> None:
     session._make_room(10**13, [])
     session._check_size(found, [])
     assert found.folder.exists()
+
+
+def test_a_password_of_an_index_goes_to_the_installer_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = "https://me:secret@mirror.example/simple"
+    monkeypatch.setattr(
+        sys, "argv", ["attncheck", "matrix", "--torch", "2.6.0", "--index-url", url]
+    )
+    given = command.matrix.make_context("matrix", sys.argv[2:]).params
+    request = command._request(given)
+    assert request.source.options == ("--index-url", url)
+    session = Session(request, print, lambda *_: None)
+    told = running.described(request, session.cases, 0.0)["command"]
+    # Every cell's report tells it, too.
+    assert told == session.base.notes["command"]
+    assert told.endswith("--index-url https://***@mirror.example/simple")
 
 
 def test_what_a_killed_run_measured_is_kept(root: Path) -> None:

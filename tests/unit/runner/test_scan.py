@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from attncheck import cache
 from attncheck.probing import Operator, Probe, Setting
 from attncheck.runner import scan
 
@@ -21,7 +22,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         run.mkdir(parents=True)
         (run / "journal.jsonl").write_text("")
         for file in (run / "journal.jsonl", run):
-            os.utime(file, (time.time() - 2 * scan.LIVE_SECONDS,) * 2)
+            os.utime(file, (time.time() - 2 * cache.LIVE_SECONDS,) * 2)
     return folder
 
 
