@@ -788,14 +788,14 @@ def _findings(cells: Sequence[_Ran], laid: _Laid) -> tuple[Spread, ...]:
     by_id = [{r.case.id: r for r in cell.results} for cell in cells]
     ran = [{case for case, r in own.items() if r.outcome.status.ran} for own in by_id]
     spreads = []
-    for own in found.values():
+    for mark, own in found.items():
         newest = max(own)
         finding = clean_tree(own[newest])
         cases = {clean(case) for each in own.values() for case in each.cases}
         idle = [i for i in range(len(cells)) if i not in own and not cases & ran[i]]
         absent = [i for i in range(len(cells)) if i not in own and i not in idle]
         spread = Spread(
-            mark=_mark(finding),
+            mark=mark,
             finding=view.finding_view(finding, by_id[newest]),
             of=cells[newest].name,
             seen=laid.extent(own),
@@ -1010,9 +1010,8 @@ def _best(made: MatrixView, laid: _Laid, cells: Sequence[_Ran]) -> Iterable[str]
         yield f"{right}, in {named(lambda each: each.works == most)}: no combination has more."
     best = next(each for each in tried if each.best)
     if not all(each.best for each in tried if each.works == most):
-        come = "comes" if sum(each.best for each in tried) == 1 else "come"
         yield (
-            f"Of these {named(lambda each: each.best)} {come} first: {best.right} of {best.ran} cases are "
+            f"First of these: {named(lambda each: each.best)}, where {best.right} of {best.ran} cases are "
             f"right, {best.free} without communication nobody asked for."
         )
     if most != least:

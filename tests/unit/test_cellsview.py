@@ -59,7 +59,7 @@ def test_of_those_that_work_the_one_that_costs_nothing_comes_first() -> None:
     made = cellsview.build(matrix_of("rr", "ss", "mm"))
     assert [each.best for each in made.combinations] == [False, True, False]
     assert "in torch 2.9.1 and 2.13.0: no combination has more" in made.headline[0]
-    assert "Of these torch 2.13.0 comes first: 2 of 2 cases are right" in made.headline[1]
+    assert "First of these: torch 2.13.0, where 2 of 2 cases are right" in made.headline[1]
 
 
 def test_where_nothing_differs_no_combination_is_preferred() -> None:
@@ -219,6 +219,16 @@ def test_a_finding_is_told_once_and_says_where(sample) -> None:
     assert hang.extent == "flash-attn 2.8.3.post2; could not run in flash-attn 2.7.4.post1"
     assert hang.of == "torch 2.15.0 + flash-attn 2.8.3.post2"
     assert sample.findings[0].finding.rule == "ATN502"
+
+
+def test_a_finding_whose_name_cannot_be_printed_is_found_again() -> None:
+    matrix = sample_matrix.sample()
+    report = next(cell.report for cell in matrix.cells if cell.report and cell.report.findings)
+    odd = dataclasses.replace(report.findings[0], fingerprint="\x1f")
+    matrix = Matrix({}, (Cell({"torch": "1"}, dataclasses.replace(report, findings=(odd,))),))
+    made = cellsview.build(matrix)
+    assert len(made.findings) == 1
+    assert cellsview.cases(matrix, made)
 
 
 # --- a bisection ---------------------------------------------------------------------------------
