@@ -1,7 +1,7 @@
 """What commands that run nothing cost, beside `python -c pass` in the same run.
 
 They answer while somebody waits: at once, whatever torch costs to import. The bounds are ratios: on an idle
-machine of two cores `--help` is 6 to 12 times `python -c pass`, and the others 12 to 26; importing torch is over 100.
+machine of two cores `--help` is 6 to 12 times `python -c pass`, the others 12 to 26; torch alone is over 100.
 """
 
 from __future__ import annotations
