@@ -21,7 +21,13 @@ from attncheck import provision
 from attncheck.matrix import environments
 
 
-def wheel(folder: Path, name: str, version: str, files: Mapping[str, str] | None = None) -> Path:
+def wheel(
+    folder: Path,
+    name: str,
+    version: str,
+    files: Mapping[str, str] | None = None,
+    entry_points: str = "",
+) -> Path:
     """A wheel of these files, by their path in site-packages."""
     stem = f"{canonicalize_name(name).replace('-', '_')}-{version}"
     info = f"{stem}.dist-info"
@@ -30,6 +36,8 @@ def wheel(folder: Path, name: str, version: str, files: Mapping[str, str] | None
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
+    if entry_points:
+        contents[f"{info}/entry_points.txt"] = entry_points
     record = "".join(f"{path},{_hash(text)},{len(text)}\n" for path, text in contents.items())
     contents[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n"
     path = folder / f"{stem}-py3-none-any.whl"
@@ -53,7 +61,9 @@ def wheelhouse(folder: Path, without: Iterable[str] = ()) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     here = sysconfig.get_path("purelib")
     if "torch" not in without:
-        wheel(folder, "torch", torch_here(), {"torch_of_the_tests.pth": f"{here}\n"})
+        # From 2.15 on torch finds its own backends (gloo) by its entry points.
+        points = importlib.metadata.distribution("torch").read_text("entry_points.txt") or ""
+        wheel(folder, "torch", torch_here(), {"torch_of_the_tests.pth": f"{here}\n"}, points)
     asked = [*environments.BESIDE_TORCH, *environments.requirements_of_attncheck()]
     for text in [*asked, *provision.BUILD_REQUIREMENTS]:
         name = Requirement(text).name
