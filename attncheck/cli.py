@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from attncheck import __version__
-from attncheck.commands import catalogue, common, fix, gate, hunt, matrix, reports, scan
+from attncheck.commands import audit, catalogue, common, fix, gate, hunt, matrix, reports, scan
 from attncheck.errors import UserError
 
 
@@ -44,6 +44,7 @@ for command in (
     gate.baseline,
     hunt.hunt,
     fix.fix,
+    audit.audit,
     matrix.matrix,
     matrix.cache_,
     reports.report,

@@ -2,7 +2,7 @@
 
 Frozen dataclasses and one codec. This module owns the report's schema: `SCHEMA_VERSION` changes when
 a field changes its meaning or goes away, never when one is added. Imports neither torch nor anything
-else of ours but the error type.
+else of ours but the error type and the data of an audit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
+from attncheck.audited import Audit
 from attncheck.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -451,7 +452,8 @@ class Comparison:
 class Report:
     """One scan. `environment` is free-form JSON: versions, device, seeds, stand-ins, phase times.
 
-    `comparison`: where it was held against another (`attncheck gate`, `attncheck diff`).
+    `comparison`: where it was held against another (`attncheck gate`, `attncheck diff`). `audit`: the model
+    whose attention calls the cases are (`attncheck audit`).
     """
 
     environment: Mapping[str, Any]
@@ -459,6 +461,7 @@ class Report:
     findings: tuple[Finding, ...]
     schema_version: int = SCHEMA_VERSION
     comparison: Comparison | None = None
+    audit: Audit | None = None
 
     @property
     def summary(self) -> dict[str, int]:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attncheck import changes, surroundings
+from attncheck import auditview, changes, surroundings
+from attncheck.auditview import AuditView
 from attncheck.changes import ComparisonView
 from attncheck.model import (
     BYPASSES_DISPATCHER,
@@ -254,7 +255,8 @@ class Step:
 @dataclass(frozen=True)
 class View:
     """`missing` is empty where the headline names them all; `changes` but where a fix was verified;
-    `comparison` where the report was held against another."""
+    `comparison` where the report was held against another; `audit` where its cases are a model's attention
+    calls, which are then told there by call, and not by placement."""
 
     headline: tuple[str, ...]
     changes: tuple[Change, ...]
@@ -274,6 +276,7 @@ class View:
     exit_line: str
     steps: tuple[Step, ...]
     comparison: ComparisonView | None = None
+    audit: AuditView | None = None
 
     @property
     def findings(self) -> tuple[FindingView, ...]:
@@ -296,16 +299,17 @@ def build(report: Report) -> View:
     rows = _rows(planned, placements, with_setting=True)
     works = tuple(_works(planned, placement) for placement in placements)
     groups = _groups(report)
+    audit = _audit(report)
     statuses = {result.outcome.status for result in report.cases}
     return View(
-        headline=_headline(report, works),
+        headline=audit.headline if audit else _headline(report, works),
         changes=_changes(report.cases),
         missing=_missing_list(report.cases),
         placements=placements,
         rows=rows,
-        compact=_merged(_rows(_ran(planned), placements, with_setting=False)),
+        compact=() if audit else _merged(_rows(_ran(planned), placements, with_setting=False)),
         legend=tuple(status for status in Status if status in statuses),
-        works=works,
+        works=() if audit else works,
         groups=groups,
         not_run=not_run(report.cases),
         environment=surroundings.environment(report),
@@ -314,9 +318,17 @@ def build(report: Report) -> View:
         summary=tuple((Status(name), number) for name, number in report.summary.items()),
         severities=_severities(report.findings),
         exit_line=_exit_line(report),
-        steps=_steps(report, groups),
+        steps=_steps(report, groups, audit),
         comparison=changes.build(report.comparison, report.cases) if report.comparison else None,
+        audit=audit,
     )
+
+
+def _audit(report: Report) -> AuditView | None:
+    if report.audit is None:
+        return None
+    command = str(report.environment.get("command", ""))
+    return auditview.build(report.audit, report.cases, command)
 
 
 def _shown(report: Report) -> Report:
@@ -806,7 +818,7 @@ def _inconclusive(report: Report) -> bool:
 EXIT_CODES = "0 clean, 1 findings at or above --fail-on, 2 usage or internal error, 3 inconclusive"
 
 
-def _steps(report: Report, groups: Sequence[Group]) -> tuple[Step, ...]:
+def _steps(report: Report, groups: Sequence[Group], audit: AuditView | None) -> tuple[Step, ...]:
     if report.comparison is not None:
         return tuple(_steps_after(report.comparison))
     steps = []
@@ -815,6 +827,8 @@ def _steps(report: Report, groups: Sequence[Group]) -> tuple[Step, ...]:
         steps.append(
             Step(f"attncheck explain {first.rule}", f"what {first.name or first.rule} means")
         )
+    if audit is not None:
+        return (*steps, *(Step(command, purpose) for command, purpose in audit.steps))
     options = _what_brings_it(str(report.environment.get("command", "")))
     if first is not None and (globs := _mendable(report, first)):
         chosen = [option for option in options if not option.startswith("--ranks")]

@@ -106,6 +106,7 @@ def _that_fit(parts: Sequence[str], options: RenderOptions) -> list[str]:
 def _parts(view: View, options: RenderOptions, detail: Detail) -> list[str]:
     answer: tuple[Iterable[str], ...] = (
         _headline(view, detail),
+        _audit(view, options, detail),
         _changes(view, detail),
         _missing(view, detail),
         _environment(view, detail),
@@ -139,6 +140,23 @@ def _headline(view: View, detail: Detail) -> Iterable[str]:
     for sentence in rest[: detail.rows]:
         yield prose(one_line(sentence, detail.words))
     yield from _more(len(rest) - detail.rows, "note")
+
+
+def _audit(view: View, options: RenderOptions, detail: Detail) -> Iterable[str]:
+    for section in view.audit.sections if view.audit is not None else ():
+        if section.detail and not options.verbose:
+            continue
+        yield f"## {prose(section.title)}"
+        yield prose(section.about[:1].upper() + section.about[1:] + ".")
+        if section.rows:
+            cells = (
+                tuple(prose(one_line(cell, detail.words)) for cell in row)
+                for row in section.rows[: detail.rows]
+            )
+            yield table(section.columns, cells)
+        yield from _more(len(section.rows) - detail.rows, "row")
+        for note in section.notes[: detail.rows]:
+            yield prose(one_line(note, detail.words))
 
 
 def _comparison(comparison: ComparisonView, detail: Detail) -> Iterable[str]:

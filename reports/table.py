@@ -9,7 +9,8 @@ import dataclasses
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from attncheck import cellsview
+from attncheck import auditview, cellsview
+from attncheck.auditview import Section
 from attncheck.cells import Matrix
 from attncheck.cellsview import Combination, Grid, MatrixView, Move, Shift, Spread, Way
 from attncheck.changes import ChangeGroup, ComparisonView, word
@@ -47,6 +48,7 @@ CODE_LINES, CODE_WIDTH = 20, 400  # of a remedy's code, without -v
 DETAIL_LINES, DETAIL_WIDTH = 3, 320  # of a finding's message, without -v
 # Findings shown in full without -v; characters of their first remedy, and of how many others.
 FULL, REMEDY_WIDTH, OTHERS, OTHER_WIDTH = 12, 240, 2, 150
+NARROWEST, OTHERS_SAID = 10, 6  # of an audit: characters of a column, notes without -v
 GROUPS, OTHER_GROUPS = 12, 4  # of a comparison, without -v: cases that got worse, and others
 # What of the environment is shown without -v.
 BRIEF = ("attncheck", "packages", "python", "device", "mesh", "seed", "hash seeds", "stand-ins")
@@ -60,6 +62,7 @@ def render(report: Report, *, options: RenderOptions) -> str:
     page = Page(options)
     whole: tuple[Iterable[Line], ...] = (
         page.headline(view),
+        page.audit(view),
         page.changes(view),
         page.missing(view),
         page.matrix(view),
@@ -141,6 +144,40 @@ class Page:
             yield from self.text("", sentence, "bold")
         for notice in view.notices:
             yield from self.text("! ", notice, "yellow")
+
+    def audit(self, view: View) -> Iterable[Line]:
+        sections = view.audit.sections if view.audit is not None else ()
+        shown = [each for each in sections if self.options.verbose or not each.detail]
+        for number, section in enumerate(shown):
+            if number:
+                yield ()
+            yield from self.section(section)
+
+    def section(self, section: Section) -> Iterable[Line]:
+        yield _heading(section.title, section.about)
+        limit = len(section.rows) if self.options.verbose else auditview.ROWS
+        for number, line in enumerate(self.columned(section.columns, section.rows[:limit])):
+            yield (("  ", ""), (line, "bold" if number == 0 else ""))
+        if len(section.rows) > limit:
+            yield _more(len(section.rows) - limit, "", "  ", "with -v")
+        for note in section.notes if self.options.verbose else section.notes[:OTHERS_SAID]:
+            yield from self.text("  ", note, "dim")
+
+    def columned(self, names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+        """A table whose widest columns are wrapped until it fits; one without a value is left out."""
+        if not rows:
+            return []
+        from tabulate import tabulate
+
+        kept = [at for at in range(len(names)) if any(row[at] for row in rows)]
+        header = [names[at] for at in kept]
+        body = [[row[at] for at in kept] for row in rows]
+        widths = [max(len(cell) for cell in column) for column in zip(header, *body, strict=True)]
+        room = self.width - 2 - len(GAP) * len(widths)
+        while sum(widths) > room and max(widths) > NARROWEST:
+            widths[widths.index(max(widths))] -= 1
+        text = tabulate(body, header, tablefmt="plain", maxcolwidths=widths, disable_numparse=True)
+        return text.splitlines()
 
     def comparison(self, comparison: ComparisonView) -> Iterable[Line]:
         yield from self.text("", comparison.headline, "bold")

@@ -21,16 +21,8 @@ import torch.distributed.tensor
 from attncheck import plugins
 from attncheck.inventory import Inventory, Look, Problem, RegisteredOp, Signature
 from attncheck.model import from_json, to_json
-from attncheck.runner import compat, signature
+from attncheck.runner import attention_ops, compat, signature
 
-# What attention ops are called, namespaces included: in a generated one (`_flash_attn_9e27194::fwd`) it
-# may be the namespace alone that says it. Their parts (`_transform_bias_rescale_qkv`) belong to them.
-NAMES = re.compile(
-    r"attention|attn|fmha|sdpa?_|_sdp|multi_?head|(^|::)mha_|_qkv|transformer_encoder"
-    r"|^(npu|natten|aiter|mslk\w*)::\w*(na[123]d|fused_infer|fwd|bwd)",
-    re.IGNORECASE,
-)
-ROLES = (signature.QUERY, signature.KEY, signature.VALUE)
 DEVICES = {"CPU": "cpu", "CUDA": "cuda", "XPU": "xpu", "PrivateUse1": "privateuse1"}
 # Flags that decide what an op decomposes into.
 VARIANTS: tuple[Mapping[str, Any], ...] = ({}, {"is_causal": True}, {"dropout_p": 0.5})
@@ -93,24 +85,15 @@ def _attention_ops() -> Iterator[tuple[str, Any]]:
     """(name, schema) of what looks like attention, by name; schema is None for a higher-order op."""
     found = {}
     for schema in compat.registered_schemas():
-        if schema.overload_name.endswith("out") or not _looks_like_attention(schema):
+        if schema.overload_name.endswith("out") or not attention_ops.looks_like(
+            compat.schema_op_name(schema), schema
+        ):
             continue
         found[compat.schema_op_name(schema)] = schema
     for name in compat.higher_order_ops():
-        if NAMES.search(name):
+        if attention_ops.looks_like(f"higher_order.{name}", None):
             found[f"higher_order.{name}"] = None
     yield from sorted(found.items())
-
-
-def _looks_like_attention(schema: Any) -> bool:
-    if not any("Tensor" in str(r.type) for r in schema.returns) and not any(
-        a.alias_info is not None for a in schema.arguments
-    ):
-        return False  # it computes nothing: `_fused_sdp_choice`
-    if NAMES.search(schema.name):
-        return True
-    names = {a.name.strip("_") for a in schema.arguments if str(a.type) == "Tensor"}
-    return all(names & set(role) for role in ROLES)
 
 
 def _describe(name: str, schema: Any, asked: Look, say: Any) -> RegisteredOp:

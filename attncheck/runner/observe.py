@@ -28,35 +28,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from attncheck.model import Collective, KernelOp, MissingOp
 from attncheck.rings import ring_bytes
-from attncheck.runner import blame, compat
+from attncheck.runner import blame, collectives, compat
 from attncheck.runner.compat import TorchDispatchMode, tree_flatten, tree_map
 
 STATE_BYTES = 256
 
-# Dispatcher names of the functional and in-place collectives, and what a user calls them.
-_COLLECTIVES = {
-    "all_gather_into_tensor": "all_gather",
-    "all_gather_into_tensor_coalesced": "all_gather",
-    "all_gather_into_tensor_out": "all_gather",
-    "allgather_": "all_gather",
-    "_allgather_base_": "all_gather",
-    "all_reduce": "all_reduce",
-    "all_reduce_": "all_reduce",
-    "all_reduce_coalesced": "all_reduce",
-    "allreduce_": "all_reduce",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced": "reduce_scatter",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "all_to_all_single": "all_to_all",
-    "alltoall_base_": "all_to_all",
-    "shard_dim_alltoall": "all_to_all",
-    "broadcast": "broadcast",
-    "broadcast_": "broadcast",
-    "scatter_": "scatter",
-}
 # Ops without a kernel, which autograd adds behind the one that a user calls: no rank waits or dies in them.
-_ALIASES = ("aten.detach.default", "aten.alias.default")
-_COLLECTIVE_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
+ALIASES = ("aten.detach.default", "aten.alias.default")
 
 
 @dataclass
@@ -282,7 +260,7 @@ class _Above(_Mode):  # type: ignore[no-untyped-call]
                 return NotImplemented  # its own handler waits for it, under both modes
             return func(*args, **kwargs)  # plain tensors are the lower mode's business
         name = compat.op_name(func)
-        if name not in _ALIASES:
+        if name not in ALIASES:
             observer.enter(name)
         call = observer.begin(func, name, args, kwargs)
         try:
@@ -308,39 +286,18 @@ class _Above(_Mode):  # type: ignore[no-untyped-call]
 
 
 def _call_local(observer: Observer, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    packet = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else ""
-    namespace = getattr(func, "namespace", "")
-    if namespace not in _COLLECTIVE_NAMESPACES:
+    called = collectives.called(func, args, kwargs)
+    if called is None:
         return func(*args, **kwargs)
-    name = _COLLECTIVES.get(packet)
-    if name is None and packet not in compat.WAITS:
-        return func(*args, **kwargs)
-    if name is not None:
-        tensors, group = _collective_operands(func, args, kwargs)
-        observer.record_collective(name, tensors, compat.group_size(group))
+    name = called.name
+    if name:
+        observer.record_collective(name, called.operands, compat.group_size(called.group))
     # Collectives are asynchronous: ranks block where they wait, for what was issued last.
     observer.state.set("collective", f"{name or observer.last_collective} in {observer.current_op}")
     try:
         return func(*args, **kwargs)
     finally:
         observer.state.set("op", observer.current_op)
-
-
-def _collective_operands(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[list[torch.Tensor], Any]:
-    """The input tensors and the group of a collective, found by argument name."""
-    named = dict(
-        zip((a.name for a in compat.schema_of(func).arguments), args, strict=False)
-    ) | dict(kwargs)
-    group = named.get("group_name", named.get("process_group", named.get("group")))
-    source = next(
-        named[key]
-        for key in ("input", "inputs", "input_tensor", "input_tensors", "self", "tensors", "tensor")
-        if key in named
-    )
-    leaves, _ = tree_flatten(source)
-    return [t for t in leaves if isinstance(t, torch.Tensor)], group
 
 
 def run_replicated(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -35,10 +35,12 @@ def env(*arguments: str, site: Path | None = None) -> subprocess.CompletedProces
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
-    """xformers for another torch than any that is installed here."""
-    info = tmp_path / "xformers-0.0.29.post3.dist-info"
+    """xformers for another torch than any that is installed here: 0.0.28 is for 2.4.1."""
+    info = tmp_path / "xformers-0.0.28.dist-info"
     info.mkdir()
-    metadata = "Metadata-Version: 2.1\nName: xformers\nVersion: 0.0.29.post3\nRequires-Dist: torch==2.6.0\n"
+    metadata = (
+        "Metadata-Version: 2.1\nName: xformers\nVersion: 0.0.28\nRequires-Dist: torch==2.4.1\n"
+    )
     (info / "METADATA").write_text(metadata)
     return tmp_path
 
@@ -46,9 +48,9 @@ def broken(tmp_path: Path) -> Path:
 def test_a_broken_environment_fails_and_says_what_to_do(broken: Path) -> None:
     run = env("--check", site=broken)
     assert run.returncode == 1, run.stderr
-    assert "- xformers 0.0.29.post3" in run.stdout  # the environment is there as ever
-    assert "error: xformers 0.0.29.post3 needs torch==2.6.0, and torch 2." in run.stdout
-    assert "      pip install torch==2.6.0\n" in run.stdout
+    assert "- xformers 0.0.28" in run.stdout  # the environment is there as ever
+    assert "error: xformers 0.0.28 needs torch==2.4.1, and torch 2." in run.stdout
+    assert "      pip install torch==2.4.1\n" in run.stdout
     assert "`attncheck explain ATN405` says more" in run.stdout
 
 
@@ -68,7 +70,7 @@ def test_json_holds_findings_as_a_report_does(broken: Path) -> None:
     run = env("--check", "--json", site=broken)
     assert run.returncode == 1
     document = json.loads(run.stdout)
-    assert document["environment"]["packages"]["xformers"] == "0.0.29.post3"
+    assert document["environment"]["packages"]["xformers"] == "0.0.28"
     (finding,) = [f for f in document["findings"] if "xformers" in f["title"]]
     assert finding["rule"] == "ATN405"
     schema = json.loads(SCHEMA.read_text())

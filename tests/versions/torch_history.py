@@ -194,12 +194,13 @@ def _strings(tree: ast.AST) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Stubs:
-    """The stub of `torch._C` knows these functions: what C++ binds."""
+    """The stub of `torch._C`, or another, knows these functions: what C++ binds."""
 
     names: tuple[str, ...]
+    path: str = "_C/__init__.pyi"
 
     def __call__(self, source: Source) -> bool:
-        text = source.text("_C/__init__.pyi")
+        text = source.text(self.path)
         return all(re.search(rf"^def {name}\(", text, re.M) for name in self.names)
 
 
@@ -821,5 +822,56 @@ LASTING: tuple[Lasting, ...] = (
             )
         ),
         names=("_utils", "_get_default_store"),
+    ),
+    Lasting(
+        "runner.compat.autograd",
+        "the numbers of a graph's nodes, and the one whose backward runs",
+        Both(
+            (
+                Stubs(("_get_sequence_nr",), "_C/_autograd.pyi"),
+                Stubs(("_current_autograd_node",)),
+                Defines("autograd/graph.py", ("Node._sequence_nr",)),
+                Defines("autograd/__init__.py", ("_get_sequence_nr",)),
+            )
+        ),
+        names=("_get_sequence_nr", "_current_autograd_node", "_sequence_nr"),
+    ),
+    Lasting(
+        "runner.compat.modes.convertible_modules",
+        "what `Module.to` and its like go through",
+        Takes("nn/modules/module.py", "Module._apply", ("self", "fn", "recurse")),
+        names=("_apply",),
+    ),
+    Lasting(
+        "runner.compat.attention",
+        "the ops that F.scaled_dot_product_attention chooses from on CUDA",
+        Both(
+            (
+                Takes(
+                    "_meta_registrations.py",
+                    "meta__scaled_dot_product_flash_attention",
+                    (
+                        "query",
+                        "key",
+                        "value",
+                        "dropout_p",
+                        "is_causal",
+                        "return_debug_mask",
+                        "scale",
+                    ),
+                ),
+                Takes(
+                    "_meta_registrations.py",
+                    "meta__scaled_dot_product_efficient_attention",
+                    ("query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p"),
+                ),
+                Stubs(("_scaled_dot_product_attention_math",), "_C/_VariableFunctions.pyi"),
+            )
+        ),
+        names=(
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_attention_math",
+        ),
     ),
 )

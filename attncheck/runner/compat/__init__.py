@@ -7,6 +7,8 @@ may touch a private name of torch, but for what must stand alone (tests/versions
 
 from __future__ import annotations
 
+from attncheck.runner.compat.attention import sdpa_efficient, sdpa_flash, sdpa_math
+from attncheck.runner.compat.autograd import in_backward, next_number, node_number
 from attncheck.runner.compat.communication import (
     WAITS,
     AsyncCollectiveTensor,
@@ -22,7 +24,9 @@ from attncheck.runner.compat.context_parallel import (
 )
 from attncheck.runner.compat.modes import (
     TorchDispatchMode,
+    convertible_modules,
     fake_mode,
+    is_fake,
     route_higher_order_ops,
     tree_flatten,
     tree_leaves,
@@ -77,6 +81,7 @@ __all__ = [
     "call_on_ranks",
     "context_parallel_options",
     "context_parallel_tools",
+    "convertible_modules",
     "each_rank",
     "error_text",
     "fake_mode",
@@ -88,12 +93,16 @@ __all__ = [
     "has_own_kernel",
     "has_strategy",
     "higher_order_ops",
+    "in_backward",
     "is_composite",
+    "is_fake",
     "is_packet",
     "kernel_keys",
     "local_tensor",
     "map_ranks",
+    "next_number",
     "no_communication",
+    "node_number",
     "not_simulated",
     "on_rank",
     "op_name",
@@ -109,6 +118,9 @@ __all__ = [
     "route_higher_order_ops",
     "schema_of",
     "schema_op_name",
+    "sdpa_efficient",
+    "sdpa_flash",
+    "sdpa_math",
     "simulated_group",
     "simulated_ranks",
     "storage_id",

@@ -15,7 +15,9 @@ from attncheck.runner.compat.ops import higher_order_ops
 
 __all__ = [
     "TorchDispatchMode",
+    "convertible_modules",
     "fake_mode",
+    "is_fake",
     "route_higher_order_ops",
     "tree_flatten",
     "tree_leaves",
@@ -25,11 +27,55 @@ __all__ = [
 ]
 
 
-def fake_mode() -> Any:
-    """A mode in which ops only tell the shapes of their results, and a real tensor among them is an error."""
+def fake_mode(take_real: bool = False) -> Any:
+    """A mode in which ops only tell the shapes of their results. A real tensor among them is an error, unless
+    `take_real` lets it be taken for its shape."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=False)
+    return FakeTensorMode(allow_non_fake_inputs=take_real)
+
+
+@contextlib.contextmanager
+def convertible_modules() -> Iterator[None]:
+    """Lets `Module.to` and its like convert fake parameters: each becomes a new one.
+
+    torch swaps a fake parameter with its converted self, and refuses where it has weak references; that of
+    the fake mode's own is enough (seen in 2.6 to 2.15).
+    """
+    original = torch.nn.Module._apply
+    made: dict[int, tuple[torch.Tensor, torch.nn.Parameter]] = {}  # tied ones stay tied
+
+    def convert(parameter: torch.Tensor, fn: Any) -> torch.nn.Parameter:
+        if id(parameter) not in made:
+            with torch.no_grad():
+                new = torch.nn.Parameter(fn(parameter), parameter.requires_grad)
+            made[id(parameter)] = parameter, new
+        return made[id(parameter)][1]
+
+    def apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)  # type: ignore[no-untyped-call]
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                self._parameters[name] = convert(parameter, fn)
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = fn(buffer)
+        return self
+
+    torch.nn.Module._apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module._apply = original  # type: ignore[method-assign]
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor, or the local one of a DTensor, holds no numbers."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(getattr(tensor, "_local_tensor", tensor), FakeTensor)
 
 
 @contextlib.contextmanager

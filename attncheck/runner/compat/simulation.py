@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 
-def simulated_group(ranks: int) -> None:
-    """A default process group of so many ranks that connects nobody: this process is rank 0 of it."""
+def simulated_group(ranks: int, rank: int = 0) -> None:
+    """A default process group of so many ranks that connects nobody: this process is one of them."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
 
 
 class RankAsked(Exception):

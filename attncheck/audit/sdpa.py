@@ -1,0 +1,87 @@
+"""`F.scaled_dot_product_attention` as a GPU would run it: by the op that CUDA would choose.
+
+On a CPU it is another op, for which DTensor searches a decomposition, and under fake tensors that search does
+not end. What is chosen here follows sdp_utils.cpp of torch 2.13: flash in half precision without a mask,
+efficient with one or in float32, and math where neither takes the call, each only if it is enabled
+(`torch.nn.attention.sdpa_kernel`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from attncheck.runner import compat
+
+
+class AsOnCuda(TorchFunctionMode):
+    """`chosen` counts which of the kernels stood for the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen: dict[str, int] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        kernel, out = attention(*args, **kwargs)
+        self.chosen[kernel] = self.chosen.get(kernel, 0) + 1
+        return out
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[str, torch.Tensor]:
+    """(`flash`, `efficient` or `math`; the output): (batch, heads, sequence, head_dim) each."""
+    enabled: Any = torch.backends.cuda
+    grouped = query.shape[-3] != key.shape[-3]
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    fits = query.ndim == 4 and query.shape[-1] == value.shape[-1] <= 256
+    if fits and half and attn_mask is None and enabled.flash_sdp_enabled():
+        scale = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
+        q, k, v = (_padded(each) for each in (query, key, value))
+        out = compat.sdpa_flash(q, k, v, dropout_p, is_causal, scale)
+        return "flash", out[..., : value.shape[-1]]
+    takes_mask = attn_mask is None or not is_causal
+    if query.ndim == 4 and not grouped and takes_mask and enabled.mem_efficient_sdp_enabled():
+        bias = _bias(attn_mask, query, key)
+        needs = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        out = compat.sdpa_efficient(query, key, value, bias, needs, dropout_p, is_causal, scale)
+        return "efficient", out
+    if not enabled.math_sdp_enabled():
+        raise RuntimeError("No available kernel. Aborting execution.")  # as F does
+    out = compat.sdpa_math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return "math", out
+
+
+def _padded(tensor: torch.Tensor) -> torch.Tensor:
+    """Flash takes a head_dim that is a multiple of 8; F pads it."""
+    missing = -tensor.shape[-1] % 8
+    return F.pad(tensor, (0, missing)) if missing else tensor
+
+
+def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, float("-inf")).to(query.dtype)
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])

@@ -1,0 +1,99 @@
+"""Which module an op belongs to, in forward and in backward.
+
+In forward hooks of modules know. In backward there is no module: each node of the graph has the number that
+it got when it was made, so it is enough to remember which module was running from which number on.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from attncheck.runner import compat
+
+# What wrappers put into a path, and no user wrote.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
+
+
+class Where:
+    """Follows the modules of a process while `watching`. `paths` are those that were seen, by module."""
+
+    def __init__(self) -> None:
+        self.paths: dict[int, str] = {}
+        self._modules: list[torch.nn.Module] = []  # an id means something only as long as it lives
+        self._hooks: list[Any] = []
+        self._watching = False
+        self._stack: list[str] = []
+        self._starts: list[int] = [0]
+        self._owners: list[str] = [""]
+
+    def name(self, model: torch.nn.Module, prefix: str = "") -> None:
+        """Takes the paths of a model's modules from it."""
+        self._modules.append(model)
+        for path, module in model.named_modules():
+            self._take(module, _WRAPPERS.sub("", f"{prefix}{path}").strip("."))
+
+    def _take(self, module: torch.nn.Module, path: str) -> None:
+        """From now on it has a path; what its own hooks do (a plan redistributes in them) is its doing, so
+        ours comes after them."""
+        if id(module) not in self.paths:
+            self.paths[id(module)] = path
+            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        self._hooks.append(register_module_forward_pre_hook(self._enter))
+        self._watching = True
+        try:
+            yield
+        finally:
+            self._watching = False
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
+
+    def path(self, backward: bool) -> str:
+        """The innermost module that is running, or whose backward is. One that is run again in backward
+        (a checkpoint) is running."""
+        if self._stack:
+            return self._stack[-1]
+        if not backward:
+            return ""
+        number = compat.node_number()
+        if number is None:
+            return ""
+        return self._owners[bisect.bisect_right(self._starts, number) - 1]
+
+    def forget(self) -> None:
+        """A step has ended: what was numbered in it is gone."""
+        self._starts, self._owners = [0], [""]
+
+    def _enter(self, module: torch.nn.Module, args: Any) -> None:
+        if id(module) not in self.paths:
+            if self._stack:
+                self._modules.append(module)
+                self._take(module, f"{self._stack[-1]}.{type(module).__name__}".strip("."))
+            else:
+                self.name(module)
+        self._stack.append(self.paths[id(module)])
+        self._mark()
+
+    def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self._watching and self._stack:
+            self._stack.pop()
+            self._mark()
+
+    def _mark(self) -> None:
+        number = compat.next_number()
+        owner = self._stack[-1] if self._stack else ""
+        if number == self._starts[-1]:
+            self._owners[-1] = owner
+        else:
+            self._starts.append(number)
+            self._owners.append(owner)

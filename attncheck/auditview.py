@@ -1,0 +1,382 @@
+"""What an audit comes to, laid out as sentences and tables: `attncheck.view` has it, formats only draw it.
+
+All text is cleaned here: a report may come from elsewhere. Torch-free.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from attncheck.audited import FAKE, AttentionCall, Audit, ModuleCommunication, Numeric
+from attncheck.model import CaseResult, Status, worst
+from attncheck.text import clean, clean_tree, count, listing, one_line, size
+
+WHY = {
+    "strategy": "no sharding strategy",
+    "propagation": "no sharding strategy (it cannot run on Meta tensors)",
+    "mixed": "a plain tensor met a DTensor",
+    "error": "raised",
+}
+ROWS = 12  # of a table, where not everything is asked for
+WORDS = 200
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with what it is about. `notes` stand below it; `detail`: shown only where everything is."""
+
+    title: str
+    about: str
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+    detail: bool = False
+
+
+@dataclass(frozen=True)
+class AuditView:
+    headline: tuple[str, ...]
+    sections: tuple[Section, ...]
+    steps: tuple[tuple[str, str], ...]
+
+
+def build(audit: Audit, cases: Sequence[CaseResult], command: str = "") -> AuditView:
+    """`cases`: those of the report; `command`: the command line that made it."""
+    audit = clean_tree(audit)
+    statuses = {r.case.id: r.outcome.status for r in cases}
+    directions = {r.case.id: r.case.direction for r in cases}
+    sections = (
+        _refused(audit),
+        _numeric(audit.numeric),
+        _attention(audit, statuses, directions),
+        _communication(audit),
+        _uneven(audit),
+        _differences(audit),
+        _ops(audit),
+    )
+    return AuditView(
+        headline=tuple(_headline(audit, statuses)),
+        sections=tuple(section for section in sections if section is not None),
+        steps=tuple(_steps(audit, clean(command), statuses)),
+    )
+
+
+# --- the answer ----------------------------------------------------------------------------------
+
+
+def _headline(audit: Audit, statuses: Mapping[str, Status]) -> Iterable[str]:
+    mesh = _mesh(audit.mesh)
+    refused = [op for op in audit.ops if op.problem]
+    if refused:
+        first = refused[0]
+        at = f" ({first.line})" if first.line else ""
+        others = len({op.op for op in refused}) - 1
+        more = f"; {count(others, 'more op')} refused after it" if others else ""
+        yield (
+            f"{audit.target} on {mesh} stops at {first.module or 'the model'}{at}: {_short(first.op)}, "
+            f"{WHY.get(first.problem, first.problem)}{more}."
+        )
+    elif audit.failure:
+        yield f"{audit.target} on {mesh} stops: {one_line(audit.failure, WORDS)}."
+    elif audit.numeric is not None and audit.numeric.unequal:
+        unequal = audit.numeric.unequal
+        where = next((each.module for each in unequal if each.module), "")
+        yield (
+            f"{audit.target} on {mesh} is not equal to the unsharded model"
+            f"{f', from {where} on' if where else ''}: {count(len(unequal), 'tensor')} differ."
+        )
+    else:
+        yield f"{audit.target} on {mesh} goes through: DTensor refuses none of its ops."
+    yield _passed(audit)
+    bad = [call for call in audit.attention if not _works(call, statuses)]
+    ran = [call for call in audit.attention if call.cases]
+    if ran:
+        wrong = [call for call in bad if call.cases]
+        told = f"{len(wrong)} of {count(len(ran), 'distinct attention call')}"
+        if wrong:
+            yield f"With real numbers, at a reduced size, {told} do not work."
+        else:
+            yield f"With real numbers, at a reduced size, {count(len(ran), 'distinct attention call')} work."
+    own = [each for each in audit.communication if not each.asked]
+    if own:
+        first_own = max(own, key=lambda each: each.bytes)
+        total = size(sum(each.bytes for each in own))
+        yield (
+            f"DTensor communicates {total} a rank and step that nobody asked for, most of it in "
+            f"{first_own.module or 'the model'} for {_short(first_own.kernel_op)}."
+        )
+    if audit.failure and refused:
+        yield f"The pass ended before its end: {one_line(audit.failure, WORDS)}."
+    yield from audit.notes
+
+
+def _passed(audit: Audit) -> str:
+    layers = max(audit.layers.values(), default=0)
+    told = [f"{count(layers, 'layer')}"] if layers > 1 else []
+    if audit.parameters:
+        told.append(f"{_number(audit.parameters)} parameters, {size(audit.parameter_bytes)} a rank")
+    if audit.inputs:
+        told.append(f"inputs {one_line(audit.inputs, WORDS)}")
+    what = "; ".join(told)
+    if audit.kind == FAKE:
+        cost = f" ({audit.seconds:.1f} s, {audit.peak_mib:.0f} MiB)" if audit.seconds else ""
+        return f"One pass on fake tensors, forward and backward{cost}: {what}."
+    return f"{count(audit.steps, 'step')} of the real run: {what}."
+
+
+def _works(call: AttentionCall, statuses: Mapping[str, Status]) -> bool:
+    return all(statuses[case].usable for case in call.cases if case in statuses)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def _refused(audit: Audit) -> Section | None:
+    rows = tuple(
+        (
+            op.module or "-",
+            _short(op.op),
+            op.phase,
+            str(op.calls),
+            _placements(op.inputs),
+            f"{WHY.get(op.problem, op.problem)}"
+            + (f": {one_line(op.message, WORDS)}" if op.problem == "error" else ""),
+            op.line,
+        )
+        for op in audit.ops
+        if op.problem
+    )
+    if not rows:
+        return None
+    return Section(
+        "Refused",
+        f"{count(sum(op.calls for op in audit.ops if op.problem), 'call')}; the pass went on past each",
+        ("module", "kernel op", "phase", "calls", "placements", "why", "line"),
+        rows,
+    )
+
+
+def _attention(
+    audit: Audit, statuses: Mapping[str, Status], directions: Mapping[str, str]
+) -> Section | None:
+    if not audit.attention:
+        return None
+    rows, notes = [], []
+    for call in audit.attention:
+        ran = [case for case in call.cases if case in statuses]
+        name = call.setting or "-"
+        rows.append(
+            (
+                name,
+                listing(call.modules, 3) or "-",
+                str(call.calls),
+                call.function if call.function != call.kernel_op else _short(call.kernel_op),
+                _sizes(call.sizes),
+                "; ".join(f"{t} {' '.join(texts)}" for t, texts in call.placements.items()),
+                _verdict(ran, statuses, directions) if ran else "not run",
+            )
+        )
+        if call.note:
+            notes.append(f"{name if call.setting else _short(call.kernel_op)}: {call.note}.")
+    return Section(
+        "Attention calls",
+        "each distinct one of a step, and what came of it with real numbers at a reduced size",
+        ("call", "module", "calls", "function", "sizes", "placements", "run"),
+        tuple(rows),
+        tuple(notes),
+    )
+
+
+def _verdict(
+    cases: Sequence[str], statuses: Mapping[str, Status], directions: Mapping[str, str]
+) -> str:
+    by_direction: dict[str, list[Status]] = {}
+    for case in cases:
+        by_direction.setdefault(directions[case], []).append(statuses[case])
+    told = {direction: _word(worst(own)) for direction, own in by_direction.items()}
+    if len(set(told.values())) == 1:
+        return next(iter(told.values()))
+    return "; ".join(f"{direction} {word}" for direction, word in told.items())
+
+
+def _word(status: Status) -> str:
+    return "right" if status is Status.SUPPORTED else status.value.replace("_", " ")
+
+
+def _communication(audit: Audit) -> Section | None:
+    if not audit.communication:
+        return None
+    ordered = sorted(audit.communication, key=lambda each: (each.asked, -each.bytes))
+    asked = sum(each.bytes for each in ordered if each.asked)
+    own = sum(each.bytes for each in ordered if not each.asked)
+    return Section(
+        "Communication",
+        f"a rank and step: {size(asked)} that the model and its plan ask for, {size(own)} of DTensor's own",
+        ("module", "collective", "phase", "calls", "bytes", "a call", "for", "line"),
+        tuple(_traffic(each) for each in ordered),
+    )
+
+
+def _traffic(each: ModuleCommunication) -> tuple[str, ...]:
+    return (
+        each.module or "-",
+        each.name,
+        each.phase,
+        str(each.calls),
+        size(each.bytes),
+        size(each.bytes / max(1, each.calls)),
+        "the plan" if each.asked else f"{_short(each.kernel_op)} (not asked for)",
+        each.line,
+    )
+
+
+def _uneven(audit: Audit) -> Section | None:
+    rows = tuple(
+        (
+            each.tensor,
+            str(each.dim),
+            str(each.size),
+            f"{each.axis}={each.ranks}",
+            f"{each.first} and {each.last}",
+        )
+        for each in audit.uneven
+    )
+    if not rows:
+        return None
+    return Section(
+        "Uneven shards",
+        "dims that the ranks do not divide; of activations where they are met first",
+        ("tensor", "dim", "size", "axis", "first and last rank"),
+        rows,
+    )
+
+
+def _differences(audit: Audit) -> Section | None:
+    if not audit.differences:
+        return None
+    return Section(
+        "Ranks differ",
+        "what the first and the last rank did differently",
+        ("module", "first rank", "last rank"),
+        tuple((each.module or "-", each.first, each.last) for each in audit.differences),
+    )
+
+
+def _numeric(numeric: Numeric | None) -> Section | None:
+    if numeric is None:
+        return None
+    about = f"{numeric.reference}, on {count(numeric.ranks, 'rank')}"
+    notes = [f"{each.name}: not compared, {each.why}." for each in numeric.uncompared]
+    if numeric.failure:
+        notes.insert(0, f"It came to no end: {numeric.failure}.")
+    if not numeric.unequal and not numeric.failure:
+        notes.insert(0, f"Equal: {count(numeric.compared, 'output and gradient')} compared.")
+    return Section(
+        "Equal or not",
+        f"the parallel model with real numbers against {about}",
+        ("in", "tensor", "first module", "error", "bound", "likely cause"),
+        tuple(
+            (
+                each.mode,
+                each.subject,
+                each.module or "-",
+                f"{each.error:.2g}",
+                f"{each.bound:.2g}",
+                each.cause or "not known",
+            )
+            for each in numeric.unequal
+        ),
+        tuple(notes),
+    )
+
+
+def _ops(audit: Audit) -> Section | None:
+    rows = tuple(
+        (
+            op.module or "-",
+            _short(op.op),
+            op.phase,
+            str(op.calls),
+            _placements(op.inputs),
+            _placements(op.outputs),
+        )
+        for op in audit.ops
+        if not op.problem
+    )
+    if not rows:
+        return None
+    return Section(
+        "Kernel ops",
+        "every one that met DTensors",
+        ("module", "kernel op", "phase", "calls", "inputs", "outputs"),
+        rows,
+        detail=True,
+    )
+
+
+# --- how to go on --------------------------------------------------------------------------------
+
+
+def _steps(audit: Audit, command: str, statuses: Mapping[str, Status]) -> Iterable[tuple[str, str]]:
+    target = shlex.quote(audit.target)
+    mesh = ",".join(f"{axis}={ranks}" for axis, ranks in audit.mesh.items())
+    own = f"attncheck audit {target} --mesh {mesh}"
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = []
+    with_ = [f"--with {shlex.quote(b)}" for a, b in itertools.pairwise(words) if a == "--with"]
+    own = " ".join([own, *with_])
+    refused = [op for op in audit.ops if op.problem in ("strategy", "propagation")]
+    if refused and "--fix" not in words:
+        yield f"{own} --fix known", "the same with the strategies that attncheck knows"
+        yield (
+            f"attncheck fix {' '.join(with_)} --kernel-op {shlex.quote(_namespace(refused[0].op))} --write "
+            "attncheck_fixes.py".replace("  ", " "),
+            "a module that registers them, once it is verified; import it before the model is built",
+        )
+    if audit.numeric is None and not refused:
+        yield (
+            f"attncheck audit SMALL_BUILD --mesh {_small(audit.mesh)} --numeric",
+            "is the parallel model equal to the unsharded one, forward and backward?",
+        )
+    yield f"{own} -v", "every kernel op with its placements, by module"
+    yield f"{own} --output json:report.json", "everything, for CI or other formats"
+
+
+def _small(mesh: Mapping[str, int]) -> str:
+    return ",".join(f"{axis}={min(2, ranks)}" for axis, ranks in mesh.items())
+
+
+def _namespace(op: str) -> str:
+    namespace = op.partition(".")[0]
+    return op if namespace == "aten" else f"{namespace}.*"
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def _mesh(mesh: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis}={ranks}" for axis, ranks in mesh.items())
+
+
+def _short(op: str) -> str:
+    return op.removesuffix(".default")
+
+
+def _placements(tensors: Sequence[Sequence[str]]) -> str:
+    return ", ".join(" ".join(each) for each in tensors)
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{role} {number}" for role, number in sizes.items())
+
+
+def _number(number: int) -> str:
+    for unit, factor in (("B", 10**9), ("M", 10**6)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return str(number)
