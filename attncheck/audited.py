@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-# How the facts were come by: `fake` tensors (coverage and communication, never values), or `observed` in a
-# real run.
+# How the facts were come by: from `fake` tensors (coverage and communication, never values), `observed` in a
+# real run, or from what is known of a `preset` model's attention calls, with no model at all.
 FAKE = "fake"
 OBSERVED = "observed"
+PRESET = "preset"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class AttentionCall:
     kernel_op: str
     calls: int
     sizes: Mapping[str, int] = field(default_factory=dict)
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     placements: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     operator: str = ""
     setting: str = ""
@@ -142,6 +144,29 @@ class Numeric:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """How one way of distribution splits a call of a known model: over `heads_ranks` by heads, over
+    `sequence_ranks` by the sequence. `verdict`: `works`, `replicate_kv`, `uneven` or `impossible`."""
+
+    call: str
+    way: str
+    heads_ranks: int
+    sequence_ranks: int
+    verdict: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """The numbers of ranks over which one way splits the worst of a known model's calls, by verdict."""
+
+    way: str
+    works: tuple[int, ...] = ()
+    replicate_kv: tuple[int, ...] = ()
+    uneven: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Audit:
     """A whole model on a mesh.
 
@@ -165,6 +190,8 @@ class Audit:
     differences: tuple[RankDifference, ...] = ()
     attention: tuple[AttentionCall, ...] = ()
     numeric: Numeric | None = None
+    fits: tuple[Fit, ...] = ()
+    degrees: tuple[Degrees, ...] = ()
     notes: tuple[str, ...] = ()
     failure: str = ""
     seconds: float = 0.0

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from attncheck.audited import FAKE, AttentionCall, Audit, ModuleCommunication, Numeric
+from attncheck.audited import FAKE, PRESET, AttentionCall, Audit, ModuleCommunication, Numeric
 from attncheck.model import CaseResult, Status, worst
 from attncheck.text import clean, clean_tree, count, listing, one_line, size
 
@@ -49,6 +49,9 @@ def build(audit: Audit, cases: Sequence[CaseResult], command: str = "") -> Audit
     statuses = {r.case.id: r.outcome.status for r in cases}
     directions = {r.case.id: r.case.direction for r in cases}
     sections = (
+        _calls_of_preset(audit),
+        _degrees(audit),
+        _fits(audit),
         _refused(audit),
         _numeric(audit.numeric),
         _attention(audit, statuses, directions),
@@ -69,6 +72,9 @@ def build(audit: Audit, cases: Sequence[CaseResult], command: str = "") -> Audit
 
 def _headline(audit: Audit, statuses: Mapping[str, Status]) -> Iterable[str]:
     mesh = _mesh(audit.mesh)
+    if audit.kind == PRESET:
+        yield from _preset(audit, statuses)
+        return
     refused = [op for op in audit.ops if op.problem]
     if refused:
         first = refused[0]
@@ -80,7 +86,7 @@ def _headline(audit: Audit, statuses: Mapping[str, Status]) -> Iterable[str]:
             f"{WHY.get(first.problem, first.problem)}{more}."
         )
     elif audit.failure:
-        yield f"{audit.target} on {mesh} stops: {one_line(audit.failure, WORDS)}."
+        yield f"{audit.target} on {mesh} stops: {_sentence(audit.failure)}"
     elif audit.numeric is not None and audit.numeric.unequal:
         unequal = audit.numeric.unequal
         where = next((each.module for each in unequal if each.module), "")
@@ -108,9 +114,68 @@ def _headline(audit: Audit, statuses: Mapping[str, Status]) -> Iterable[str]:
             f"DTensor communicates {total} a rank and step that nobody asked for, most of it in "
             f"{first_own.module or 'the model'} for {_short(first_own.kernel_op)}."
         )
-    if audit.failure and refused:
-        yield f"The pass ended before its end: {one_line(audit.failure, WORDS)}."
+    if audit.failure and refused and audit.kind == FAKE:
+        yield f"The pass ended before its end: {_sentence(audit.failure)}"
     yield from audit.notes
+
+
+def _preset(audit: Audit, statuses: Mapping[str, Status]) -> Iterable[str]:
+    """Of a known model: who can run its calls."""
+    operators: dict[str, list[AttentionCall]] = {}
+    for call in audit.attention:
+        if any(case in statuses and statuses[case].ran for case in call.cases):
+            operators.setdefault(call.operator, []).append(call)
+    working = [name for name, own in operators.items() if all(_works(c, statuses) for c in own)]
+    on = f"{audit.target} on {_mesh(audit.mesh)}"
+    if not operators:
+        yield f"{on}: no attention call of it could be run here."
+    elif working:
+        told = f"{len(working)} of {count(len(operators), 'operator')} that ran"
+        yield f"{on}: {told} take its attention calls as DTensors: {listing(working, 4)}."
+    else:
+        yield f"{on}: none of {count(len(operators), 'operator')} that ran takes its attention calls."
+    hard = [fit for fit in audit.fits if fit.verdict != "works"]
+    for fit in hard[:3]:
+        yield f"{fit.call} by {fit.way}: {_sentence(fit.why or fit.verdict)}"
+
+
+def _degrees(audit: Audit) -> Section | None:
+    if not audit.degrees:
+        return None
+
+    def numbers(given: Sequence[int]) -> str:
+        return listing(map(str, given), 20) or "none"
+
+    return Section(
+        "Degrees",
+        "over how many ranks each way splits the hardest of its calls",
+        ("way", "works", "needs kv heads copied", "uneven"),
+        tuple(
+            (each.way, numbers(each.works), numbers(each.replicate_kv), numbers(each.uneven))
+            for each in audit.degrees
+        ),
+    )
+
+
+def _fits(audit: Audit) -> Section | None:
+    if not audit.fits:
+        return None
+    return Section(
+        "This mesh",
+        f"what {_mesh(audit.mesh)} does to each call",
+        ("call", "way", "ranks of heads", "of the sequence", "verdict", "why"),
+        tuple(
+            (
+                fit.call,
+                fit.way,
+                str(fit.heads_ranks),
+                str(fit.sequence_ranks),
+                fit.verdict.replace("_", " "),
+                fit.why,
+            )
+            for fit in audit.fits
+        ),
+    )
 
 
 def _passed(audit: Audit) -> str:
@@ -153,7 +218,8 @@ def _refused(audit: Audit) -> Section | None:
         return None
     return Section(
         "Refused",
-        f"{count(sum(op.calls for op in audit.ops if op.problem), 'call')}; the pass went on past each",
+        count(sum(op.calls for op in audit.ops if op.problem), "call")
+        + ("; the pass went on past each" if audit.kind == FAKE else "; the first ends the run"),
         ("module", "kernel op", "phase", "calls", "placements", "why", "line"),
         rows,
     )
@@ -164,6 +230,8 @@ def _attention(
 ) -> Section | None:
     if not audit.attention:
         return None
+    if audit.kind == PRESET:
+        return _by_operator(audit, statuses, directions)
     rows, notes = [], []
     for call in audit.attention:
         ran = [case for case in call.cases if case in statuses]
@@ -187,6 +255,44 @@ def _attention(
         ("call", "module", "calls", "function", "sizes", "placements", "run"),
         tuple(rows),
         tuple(notes),
+    )
+
+
+def _by_operator(
+    audit: Audit, statuses: Mapping[str, Status], directions: Mapping[str, str]
+) -> Section:
+    """Of a known model: operators down, its calls across."""
+    names = list(dict.fromkeys(listing(call.modules, 1) for call in audit.attention))
+    table: dict[str, dict[str, str]] = {}
+    notes: dict[str, None] = {}
+    for call in audit.attention:
+        name = listing(call.modules, 1)
+        ran = [case for case in call.cases if case in statuses]
+        told = _verdict(ran, statuses, directions) if ran else "not run"
+        table.setdefault(call.operator, {})[name] = told
+        if call.note:
+            notes.setdefault(f"{call.operator}, {name}: {call.note}.")
+    return Section(
+        "Operators",
+        "what came of each call with real numbers, at a reduced size",
+        ("operator", *names),
+        tuple((operator, *(own.get(n, "-") for n in names)) for operator, own in table.items()),
+        tuple(notes),
+    )
+
+
+def _calls_of_preset(audit: Audit) -> Section | None:
+    if audit.kind != PRESET:
+        return None
+    rows = dict.fromkeys(
+        (
+            *(listing(call.modules, 1).rsplit(" (", 1)[0], str(call.calls), _sizes(call.sizes)),
+            ", ".join(f"{option} {value}" for option, value in call.options.items()),
+        )
+        for call in audit.attention
+    )
+    return Section(
+        "Its attention calls", "of one step", ("call", "layers", "sizes", "mask"), tuple(rows)
     )
 
 
@@ -330,7 +436,27 @@ def _steps(audit: Audit, command: str, statuses: Mapping[str, Status]) -> Iterab
         words = []
     with_ = [f"--with {shlex.quote(b)}" for a, b in itertools.pairwise(words) if a == "--with"]
     own = " ".join([own, *with_])
+    if audit.kind == PRESET:
+        own = f"attncheck audit --model {target} " + " ".join(
+            f"--{axis} {ranks}" for axis, ranks in audit.mesh.items()
+        )
+        if not with_:
+            yield f"{own} --with flash-attn", "with flash-attn's Python on CPU stand-ins"
+        if "--fix" not in words:
+            yield " ".join([own, *with_, "--fix known"]), "with the strategies that attncheck knows"
+        yield f"attncheck audit BUILD --mesh {mesh}", "the model itself: BUILD(mesh) returns it"
+        return
     refused = [op for op in audit.ops if op.problem in ("strategy", "propagation")]
+    if audit.kind != FAKE:
+        # What was run is no build function: an audit of the model by itself needs one.
+        own = " ".join([f"attncheck audit BUILD --mesh {mesh}", *with_])
+        yield (
+            own,
+            "BUILD(mesh) returns the model: every op that is refused, and not the first alone",
+        )
+        if refused:
+            yield f"{own} --fix known", "the same with the strategies that attncheck knows"
+        return
     if refused and "--fix" not in words:
         yield f"{own} --fix known", "the same with the strategies that attncheck knows"
         yield (
@@ -357,6 +483,10 @@ def _namespace(op: str) -> str:
 
 
 # --- words ---------------------------------------------------------------------------------------
+
+
+def _sentence(text: str) -> str:
+    return one_line(text, WORDS).rstrip(".") + "."
 
 
 def _mesh(mesh: Mapping[str, int]) -> str:

@@ -31,6 +31,40 @@ def cases(level: str, probe_files: Sequence[str]) -> str:
     return f"{ids}{len(planned)} cases at level {level} on 2 ranks: {counts}\n"
 
 
+def models() -> str:
+    """Every model that `attncheck audit --model` knows, a line for each of its attention calls."""
+    from attncheck import models as known
+
+    rows = [
+        (
+            model.name if at == 0 else "",
+            call.name,
+            call.layers,
+            call.heads,
+            call.kv_heads,
+            f"{call.head_dim}/{call.v_head_dim}" if call.v_head_dim else call.head_dim,
+            f"{call.mask} {call.window}" if call.window else call.mask,
+            call.sequence or "-",
+            call.kv_sequence or "-",
+        )
+        for model in known.load()
+        for at, call in enumerate(model.calls)
+    ]
+    names = (
+        "model",
+        "call",
+        "layers",
+        "heads",
+        "kv heads",
+        "head_dim",
+        "mask",
+        "tokens",
+        "of keys",
+    )
+    total = sum(1 for row in rows if row[0])
+    return f"{tabulate(rows, names, tablefmt='simple')}\n\n{total} models, {len(rows)} calls\n"
+
+
 def kernel_ops(
     probe_files: Sequence[str], imports: Sequence[str], with_packages: Sequence[str], log: Log
 ) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
-from attncheck.audited import Audit
+from attncheck.audited import PRESET, Audit
 from attncheck.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -468,6 +468,18 @@ class Report:
         """Cases per status, worst first; only statuses that occur."""
         counts = Counter(result.outcome.status for result in self.cases)
         return {status.value: counts[status] for status in Status if counts[status]}
+
+    @property
+    def inconclusive(self) -> bool:
+        """Too little ran to call it clean: less than half, no check of which failed; of a known model nothing.
+
+        How much of a shard ran is chance: that is for the joined report to say.
+        """
+        statuses = [result.outcome.status for result in self.cases]
+        ran = sum(status.ran for status in statuses)
+        few = 2 * ran < len(statuses) and "shard" not in self.environment
+        nothing = not ran and self.audit is not None and self.audit.kind == PRESET
+        return few or nothing or Status.UNKNOWN in statuses
 
 
 # --- codec ---------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ KV_SEQUENCE = "kv_sequence"
 HEAD_DIM = "head_dim"
 OTHER = "-"  # a dim that no placement pattern shards (packed qkv, cu_seqlens, broadcast)
 
+ROLES = (BATCH, HEADS, KV_HEADS, SEQUENCE, KV_SEQUENCE, HEAD_DIM)
+
 LEVELS = ("quick", "default", "full")
 
 # How tensors lie in memory, for `Setting.memory`. Their values do not depend on it, but for `expanded`.
@@ -105,6 +107,23 @@ class Setting:
         if self.memory != "contiguous":
             out["memory"] = self.memory
         return out
+
+    @classmethod
+    def from_dict(
+        cls, shown: Mapping[str, Any], explicit: Mapping[str, tuple[str, ...]]
+    ) -> Setting:
+        """The setting that a report shows so, with the placements of its tensors: of level `quick`."""
+        beside = {"name", "dtype", "dropout", "memory", *ROLES}
+        return cls(
+            name=str(shown["name"]),
+            sizes={role: int(shown[role]) for role in ROLES if role in shown},
+            dtype=str(shown["dtype"]),
+            options={name: value for name, value in shown.items() if name not in beside},
+            level="quick",
+            dropout=float(shown.get("dropout", 0.0)),
+            memory=str(shown.get("memory", "contiguous")),
+            explicit=explicit,
+        )
 
 
 @dataclass(frozen=True)

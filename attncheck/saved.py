@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from attncheck.audited import Audit
 from attncheck.cells import Matrix, MatrixDocument, decoded, is_matrix, matrix_from, uncollected
 from attncheck.errors import UserError
 from attncheck.model import (
@@ -55,6 +56,7 @@ class _Document:
     cases: tuple[_Entry, ...]
     findings: tuple[Finding, ...]
     comparison: Comparison | None = None
+    audit: Audit | None = None
 
 
 @functools.cache
@@ -146,6 +148,7 @@ def _fast(text: str) -> Report | None:
         document.findings,
         document.schema_version,
         document.comparison,
+        document.audit,
     )
 
 

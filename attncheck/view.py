@@ -800,19 +800,13 @@ def _exit_line(report: Report) -> str:
     errors, warnings = counts.get(Severity.ERROR, 0), counts.get(Severity.WARNING, 0)
     if errors:
         return f"{count(errors, 'error')}: exit code 1 with the default --fail-on error."
-    inconclusive = _inconclusive(report)
+    inconclusive = report.inconclusive
     if inconclusive and not any(result.outcome.status.ran for result in report.cases):
         return "Nothing ran, so the scan is inconclusive: exit code 3."
     found = f"No errors, {count(warnings, 'warning')}" if warnings else "No errors or warnings"
     if inconclusive:
         return f"{found}, but too much did not run to call it clean: exit code 3."
     return f"{found}: exit code 0 with the default --fail-on error."
-
-
-def _inconclusive(report: Report) -> bool:
-    statuses = [result.outcome.status for result in report.cases]
-    few = 2 * sum(s.ran for s in statuses) < len(statuses) and "shard" not in report.environment
-    return Status.UNKNOWN in statuses or few
 
 
 EXIT_CODES = "0 clean, 1 findings at or above --fail-on, 2 usage or internal error, 3 inconclusive"

@@ -172,10 +172,15 @@ class Page:
         kept = [at for at in range(len(names)) if any(row[at] for row in rows)]
         header = [names[at] for at in kept]
         body = [[row[at] for at in kept] for row in rows]
-        widths = [max(len(cell) for cell in column) for column in zip(header, *body, strict=True)]
+        columns = [*zip(header, *body, strict=True)]
+        widths = [max(len(cell) for cell in column) for column in columns]
+        words = [max(len(word) for cell in column for word in cell.split()) for column in columns]
         room = self.width - 2 - len(GAP) * len(widths)
         while sum(widths) > room and max(widths) > NARROWEST:
-            widths[widths.index(max(widths))] -= 1
+            # Words are broken only where nothing else gives way.
+            loose = [w if w > least else 0 for w, least in zip(widths, words, strict=True)]
+            widest = loose if any(loose) else widths
+            widths[widest.index(max(widest))] -= 1
         text = tabulate(body, header, tablefmt="plain", maxcolwidths=widths, disable_numparse=True)
         return text.splitlines()
 

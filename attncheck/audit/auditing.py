@@ -36,9 +36,8 @@ from attncheck.plan import Selection
 from attncheck.probing import EXPLICIT
 from attncheck.runner import scan
 
-# The probe of the case that is the whole model, and the setting of the pass on fake tensors.
+# The probe of the case that is the whole model; its setting is the kind of the audit.
 MODEL = "model"
-FAKE = "fake"
 TIMEOUT_SECONDS = 900.0
 _STATUSES = {
     "strategy": Status.MISSING_STRATEGY,
@@ -90,7 +89,7 @@ def audit(request: AuditRequest, log: scan.Log, on_progress: scan.Progress) -> R
         replace(call, cases=tuple(ids.get(call.setting, ()))) for call in audit.attention
     )
     audit = replace(audit, attention=attention)
-    results = (*_model_case(audit), *report.cases)
+    results = (*model_case(audit), *report.cases)
     findings = rules.judge(
         results, select=request.scan.select_rules, ignore=request.scan.ignore_rules
     )
@@ -248,17 +247,17 @@ def _run(
 # --- the model as a case -------------------------------------------------------------------------
 
 
-def _model_case(audit: Audit) -> tuple[CaseResult, ...]:
-    """The pass as a case, where something was refused: a pass that went through says nothing of values."""
+def model_case(audit: Audit) -> tuple[CaseResult, ...]:
+    """The model as a case, where something was refused: one that goes through says nothing of values."""
     refused = [op for op in audit.ops if op.problem]
     if not refused and not audit.failure:
         return ()
     case = Case(
-        id=case_id(MODEL, audit.target, FAKE, "dtensor", audit.mesh, "plan", "backward"),
+        id=case_id(MODEL, audit.target, audit.kind, "dtensor", audit.mesh, "plan", "backward"),
         probe=MODEL,
         operator=audit.target,
         route="dtensor",
-        setting={"name": FAKE},
+        setting={"name": audit.kind},
         mesh=audit.mesh,
         placement="plan",
         placements={},

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from attncheck import models
 from attncheck.audit.seen import Argument, Seen
 from attncheck.audited import AttentionCall
 from attncheck.probing import (
@@ -281,41 +282,20 @@ def reduced_sizes(
             base = min(size, 2) * few if size % many == 0 else few + 1
             out[role] = max(1, min(base, size) if few == 1 else base)
         elif role in TOKENS:
-            base = min(size, TOKENS[role])
-            base -= base % few
-            out[role] = base if size % many == 0 else base + 1
+            small_enough = size <= TOKENS[role] and few == many
+            out[role] = (
+                size if small_enough else models.reduce_length(size, many, few, TOKENS[role])
+            )
         elif role == HEAD_DIM:
             out[role] = min(size, HEAD_DIMS)
     if sizes[SEQUENCE] == sizes[KV_SEQUENCE]:
         out[KV_SEQUENCE] = out[SEQUENCE]
-    out[HEADS], out[KV_HEADS] = reduced_heads(
-        sizes[HEADS],
-        sizes[KV_HEADS],
-        max(ranks(mesh, HEADS), ranks(mesh, KV_HEADS)),
-        max(ranks(small, HEADS), ranks(small, KV_HEADS)),
-    )
+    out[HEADS], out[KV_HEADS] = sizes[HEADS], sizes[KV_HEADS]
+    if sizes[HEADS] % sizes[KV_HEADS] == 0:
+        out[HEADS], out[KV_HEADS] = models.reduce(
+            sizes[HEADS],
+            sizes[KV_HEADS],
+            max(ranks(mesh, HEADS), ranks(mesh, KV_HEADS)),
+            max(ranks(small, HEADS), ranks(small, KV_HEADS)),
+        )
     return {role: out[role] for role in sizes}
-
-
-def reduced_heads(heads: int, kv_heads: int, degree: int, ranks: int) -> tuple[int, int]:
-    """The fewest heads and kv heads that behave on `ranks` ranks as these do on `degree`: whether each is
-    divided, whether there are fewer kv heads than ranks, and whether and how many heads share one.
-
-    >>> reduced_heads(40, 40, 8, 2), reduced_heads(32, 8, 8, 2), reduced_heads(12, 3, 2, 2)
-    ((4, 4), (8, 2), (12, 3))
-    """
-
-    def traits(heads: int, kv: int, over: int, shared: int, only: bool) -> tuple[Any, ...]:
-        share = min(heads // kv, shared) if heads % kv == 0 else 0
-        divided = heads % over == 0, kv % over == 0
-        return *divided, kv < over, heads < over, share, only and kv == 1
-
-    # What gives way where few ranks cannot have it all: how many heads share one, then that one is shared
-    # by all of them.
-    for shared, only in ((4, True), (3, True), (2, True), (4, False), (2, False), (1, False)):
-        wanted = traits(heads, kv_heads, degree, shared, only)
-        for own in range(2 * ranks, heads + 1):
-            for kv in range(1, own + 1):
-                if traits(own, kv, ranks, shared, only) == wanted:
-                    return own, kv
-    return heads, kv_heads

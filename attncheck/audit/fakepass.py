@@ -22,11 +22,11 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from attncheck import plugins
 from attncheck.audit import guarding, target
 from attncheck.audit.asked import Answer, Pass
 from attncheck.audit.carry import carry_on
-from attncheck.audit.lines import add_installed, line_of
+from attncheck.audit.lines import line_of
+from attncheck.audit.put_in_place import put_in_place
 from attncheck.audit.recorder import Recorder, uneven
 from attncheck.audit.sdpa import AsOnCuda
 from attncheck.audit.seen import told
@@ -34,7 +34,6 @@ from attncheck.audited import Audit
 from attncheck.errors import UserError
 from attncheck.model import from_json, to_json
 from attncheck.runner import compat
-from attncheck.runner.available import Availability
 from attncheck.runner.compat import tree_leaves
 
 _UNRESOLVED = re.compile(r"Parallelize plan key '([^']+)' could not be resolved")
@@ -228,25 +227,10 @@ def _local_bytes(parameter: torch.Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-def _put_in_place(asked: Pass) -> None:
-    """Packages that are provisioned, stand-ins for what they have compiled, and fixes."""
-    sys.path[:0] = asked.path
-    for folder in asked.path:
-        add_installed(folder)
-    availability = Availability("cpu")
-    for file in asked.probe_files:
-        for operator in plugins.load_probe_file(Path(file)).operators:
-            if operator.packages:
-                availability.refusal(operator)
-    # Before the user's modules take functions that a fix stands in front of.
-    for fix in asked.fixes:
-        plugins.register_fix(Path(fix))
-
-
 def main() -> None:
     asked_file, answer_file = (Path(name) for name in sys.argv[1:])
     asked = from_json(Pass, json.loads(asked_file.read_text(encoding="utf-8")), "pass")
-    _put_in_place(asked)
+    put_in_place(asked.path, asked.probe_files, asked.fixes)
     try:
         answer = look(asked)
     except UserError as error:

@@ -44,24 +44,25 @@ class Recorder:
         self.where = Where()
         self.carry = carry
         self.on = True
+        self.modes: tuple[TorchDispatchMode, ...] = ()
         self._op = ""
         self._counting = True
         self._calls: dict[Any, Op] = {}
         self._texts: dict[Any, Texts] = {}
         self._names: dict[Any, str] = {}
         self._attention: dict[Any, bool] = {}
-        self._group_sizes: dict[Any, int] = {}
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """The modules of this process are followed, and the ops in here are recorded."""
         compat.route_higher_order_ops(_Above, _Below)
+        below, above = self.modes = _Below(self), _Above(self)
         with (
             self.where.watching(),
             compat.watch_alltoall(self._alltoall),
             compat.unwatched_propagation(),
-            _Below(self),
-            _Above(self),
+            below,
+            above,
         ):
             yield
 
@@ -191,14 +192,11 @@ class Recorder:
     # --- communication ---------------------------------------------------------------------------
 
     def collective(self, called: collectives.Called) -> None:
-        ranks = self._group_sizes.get(called.group)
-        if ranks is None:
-            ranks = self._group_sizes[called.group] = compat.group_size(called.group)
-        self.communicated(called.name, called.operands, ranks)
+        self.communicated(called.name, called.operands, compat.group_size(called.group))
 
     def communicated(self, name: str, operands: Sequence[torch.Tensor], ranks: int) -> None:
-        if not self._counting:
-            return
+        if not self._counting or not self.where.outermost:
+            return  # attncheck's own, or what places the weights before the first step
         backward = compat.in_backward()
         path = self.where.path(backward)
         kind = Traffic(name, BACKWARD if backward else FORWARD, self._op)

@@ -26,7 +26,9 @@ class Where:
 
     def __init__(self) -> None:
         self.paths: dict[int, str] = {}
-        self._modules: list[torch.nn.Module] = []  # an id means something only as long as it lives
+        self.models: list[torch.nn.Module] = []  # an id means something only as long as it lives
+        self._nameless: list[torch.nn.Module] = []
+        self.outermost = 0  # calls of a module that no other called
         self._hooks: list[Any] = []
         self._watching = False
         self._stack: list[str] = []
@@ -35,7 +37,7 @@ class Where:
 
     def name(self, model: torch.nn.Module, prefix: str = "") -> None:
         """Takes the paths of a model's modules from it."""
-        self._modules.append(model)
+        self.models.append(model)
         for path, module in model.named_modules():
             self._take(module, _WRAPPERS.sub("", f"{prefix}{path}").strip("."))
 
@@ -77,10 +79,11 @@ class Where:
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
         if id(module) not in self.paths:
             if self._stack:
-                self._modules.append(module)
+                self._nameless.append(module)
                 self._take(module, f"{self._stack[-1]}.{type(module).__name__}".strip("."))
             else:
                 self.name(module)
+        self.outermost += not self._stack and not compat.in_backward()
         self._stack.append(self.paths[id(module)])
         self._mark()
 

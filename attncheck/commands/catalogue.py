@@ -17,6 +17,11 @@ from attncheck.errors import UserError
     is_flag=True,
     help="List every attention-like op registered in the process, and what DTensor has for it.",
 )
+@click.option(
+    "--models",
+    is_flag=True,
+    help="List the models that `attncheck audit --model` knows, by figures.",
+)
 @click.option("--level", default="default", metavar="NAME", help="quick, default or full.")
 @many("--probe", "probes", metavar="FILE", help="A probe file of your own. Its code is run.")
 @many("--import", "imports", metavar="MODULE", help="Import it first (with --kernel-ops).")
@@ -26,13 +31,17 @@ from attncheck.errors import UserError
     metavar="PACKAGE",
     help="Provision it first, as scan does (with --kernel-ops).",
 )
-def list_(cases: bool, kernel_ops: bool, level: str, **given: tuple[str, ...]) -> None:
+def list_(
+    cases: bool, kernel_ops: bool, models: bool, level: str, **given: tuple[str, ...]
+) -> None:
     """List probes, operators, settings, placements, rules and formats."""
     from attncheck import config, listing
 
     options = merged(config.load(Path.cwd()), given)
     if kernel_ops:
         text = listing.kernel_ops(options["probes"], options["imports"], options["with"], log)
+    elif models:
+        text = listing.models()
     elif cases:
         text = listing.cases(level, options["probes"])
     else:

@@ -137,21 +137,14 @@ def progress_line(quiet: bool) -> Any:
 
 
 def exit_code(report: Report, fail_on: str) -> int:
-    """0 clean, 1 findings at or above `fail_on`, 3 when too little ran to say either.
-
-    How much of a shard ran is chance: that is for the joined report to say.
-    """
-    from attncheck.model import UNJUDGED, Severity, Status
+    """0 clean, 1 findings at or above `fail_on`, 3 when too little ran to say either."""
+    from attncheck.model import UNJUDGED, Severity
 
     if fail_on != "never":
         limit = Severity(fail_on).rank
         if any(f.severity.rank <= limit for f in report.findings if f.rule not in UNJUDGED):
             return EXIT_FINDINGS
-    ran = sum(1 for r in report.cases if r.outcome.status.ran)
-    few = 2 * ran < len(report.cases) and "shard" not in report.environment
-    if few or any(r.outcome.status is Status.UNKNOWN for r in report.cases):
-        return EXIT_INCONCLUSIVE
-    return EXIT_CLEAN
+    return EXIT_INCONCLUSIVE if report.inconclusive else EXIT_CLEAN
 
 
 def parse_outputs(texts: Sequence[str], *, matrix: bool = False) -> list[tuple[Any, Path | None]]:

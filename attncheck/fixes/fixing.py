@@ -16,7 +16,7 @@ from attncheck.fixes.notation import Signature
 from attncheck.fixes.verify import Evidence, Progress
 from attncheck.model import BYPASSES_DISPATCHER, CaseResult, Report
 from attncheck.plan import Selection, matches
-from attncheck.probing import Operator
+from attncheck.probing import Operator, Setting
 from attncheck.rules import wording
 from attncheck.runner import scan
 from attncheck.runner.scan import ScanRequest
@@ -91,7 +91,13 @@ def _found(request: FixRequest, log: Log, on_progress: Progress) -> tuple[FixReq
     """The report to start from, and the request with what a saved one says of how it was made."""
     if request.report is not None:
         found = read(request.report)
-        return dataclasses.replace(request, scan=_as_scanned(request.scan, found)), found
+        asked = _as_scanned(request.scan, found)
+        if found.audit is not None:
+            # The model itself is not run again, its attention calls are.
+            cases = tuple(r for r in found.cases if r.case.setting.get("dtype"))
+            found = dataclasses.replace(found, cases=cases)
+            asked = dataclasses.replace(asked, settings=_settings(cases))
+        return dataclasses.replace(request, scan=asked), found
     asked = request.scan
     if request.kernel_ops and not asked.selection.operators:
         operators = scan.operators_of(asked)
@@ -132,6 +138,16 @@ def _as_scanned(request: ScanRequest, report: Report) -> ScanRequest:
         device=str(env.get("device") or "cpu"),
         with_packages=request.with_packages or tuple(map(str, env.get("with", ()))),
     )
+
+
+def _settings(results: Sequence[CaseResult]) -> dict[str, tuple[Setting, ...]]:
+    """The settings of an audit's cases, by operator: no probe has them."""
+    made: dict[str, dict[str, Setting]] = {}
+    for case in (r.case for r in results):
+        placed = {name: texts for name, texts in case.placements.items() if texts != ("plain",)}
+        own = made.setdefault(case.operator, {})
+        own.setdefault(case.setting_name, Setting.from_dict(case.setting, placed))
+    return {operator: tuple(own.values()) for operator, own in made.items()}
 
 
 def wanted_ops(results: Sequence[CaseResult], globs: Sequence[str]) -> list[str]:

@@ -56,7 +56,11 @@ def verify(
     """
     flips = {o.name: made for o in operators if (made := flipped(o))}
     near = {o.name: neighbours(o) for o in operators}
-    base = dataclasses.replace(request, fixes=(str(fix),), settings=flips, run_dir=None)
+    both = {
+        name: (*request.settings.get(name, ()), *flips.get(name, ()))
+        for name in {*request.settings, *flips}
+    }
+    base = dataclasses.replace(request, fixes=(str(fix),), settings=both, run_dir=None)
     fast = [o.name for o in operators if not o.slow]
     slow = [o.name for o in operators if o.slow]
     meshes = tuple(m for m in NEIGHBOUR_MESHES if m not in request.meshes)

@@ -9,6 +9,21 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from attncheck.audited import (
+    FAKE,
+    OBSERVED,
+    AttentionCall,
+    Audit,
+    Degrees,
+    Fit,
+    ModuleCommunication,
+    ModuleOp,
+    Numeric,
+    RankDifference,
+    Uncompared,
+    Unequal,
+    UnevenShard,
+)
 from attncheck.cells import Bisection, Cell, Matrix, Turn
 from attncheck.model import (
     Case,
@@ -139,9 +154,69 @@ def environments() -> st.SearchStrategy[dict[str, Any]]:
     return st.dictionaries(st.sampled_from(_KEYS) | TEXT, JSON_VALUES, max_size=5)
 
 
-def reports(finite: bool = True) -> st.SearchStrategy[Report]:
+def audits(finite: bool = True) -> st.SearchStrategy[Audit]:
+    modules = st.sampled_from(["", "blocks.*.attn", "blocks.0.attn"]) | TEXT
+    problems = st.sampled_from(["", "strategy", "mixed", "propagation", "error"]) | TEXT
+    sizes = st.dictionaries(TEXT, COUNTS, max_size=2)
+    placed = tuples(PLACEMENTS, 2)
+    number = floats(finite)
+    numeric = st.builds(
+        Numeric,
+        *(COUNTS, TEXT, COUNTS),
+        tuples(st.builds(Unequal, TEXT, TEXT, modules, number, number, TEXT), 2),
+        tuples(st.builds(Uncompared, TEXT, TEXT), 2),
+        TEXT,
+    )
+    return st.builds(
+        Audit,
+        target=TEXT,
+        mesh=st.dictionaries(TEXT, st.integers(1, 8), max_size=2),
+        kind=st.sampled_from([FAKE, OBSERVED]) | TEXT,
+        inputs=TEXT,
+        parameters=COUNTS,
+        parameter_bytes=COUNTS,
+        layers=sizes,
+        steps=COUNTS,
+        ops=tuples(
+            st.builds(ModuleOp, modules, OPS, PHASES, placed, placed, COUNTS, problems, TEXT, TEXT),
+            2,
+        ),
+        communication=tuples(
+            st.builds(
+                ModuleCommunication,
+                *(modules, TEXT, PHASES, COUNTS, COUNTS, OPS, st.booleans(), TEXT),
+            ),
+            2,
+        ),
+        uneven=tuples(
+            st.builds(UnevenShard, TEXT, COUNTS, COUNTS, TEXT, COUNTS, COUNTS, COUNTS), 1
+        ),
+        differences=tuples(st.builds(RankDifference, modules, TEXT, TEXT), 1),
+        attention=tuples(
+            st.builds(
+                AttentionCall,
+                *(tuples(modules, 2), TEXT, OPS, COUNTS, sizes),
+                st.dictionaries(TEXT, JSON_VALUES, max_size=2),
+                st.dictionaries(TEXT, PLACEMENTS, max_size=2),
+                *(OPERATORS, TEXT, tuples(TEXT, 2), TEXT),
+            ),
+            2,
+        ),
+        numeric=st.none() | numeric,
+        fits=tuples(st.builds(Fit, TEXT, TEXT, COUNTS, COUNTS, TEXT, TEXT), 1),
+        degrees=tuples(st.builds(Degrees, TEXT, *[tuples(COUNTS, 2)] * 3), 1),
+        notes=tuples(TEXT, 1),
+        failure=TEXT,
+        seconds=number,
+        peak_mib=number,
+    )
+
+
+def reports(finite: bool = True, audited: bool = True) -> st.SearchStrategy[Report]:
+    """`audited`: of scans and of audits; the reports of a matrix are of scans alone."""
     results = st.builds(CaseResult, cases(), outcomes(finite))
-    return st.builds(Report, environments(), tuples(results, 5), tuples(findings(), 3))
+    audit = st.none() | audits(finite) if audited else st.none()
+    return st.builds(Report, environments(), tuples(results, 5), tuples(findings(), 3), audit=audit)
 
 
 def matrices(finite: bool = True) -> st.SearchStrategy[Matrix]:
@@ -151,7 +226,7 @@ def matrices(finite: bool = True) -> st.SearchStrategy[Matrix]:
         st.sampled_from(["2.9.1", "2.13.0", ""]) | TEXT,
         max_size=3,
     )
-    cells = st.builds(Cell, versions, st.none() | reports(finite), TEXT, COUNTS)
+    cells = st.builds(Cell, versions, st.none() | reports(finite, audited=False), TEXT, COUNTS)
     turns = st.builds(Turn, TEXT, st.sampled_from(Status), st.sampled_from(Status))
     names = st.sampled_from(["2.9.1", "2.13.0"]) | TEXT
     bisections = st.builds(

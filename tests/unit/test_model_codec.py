@@ -79,7 +79,7 @@ def test_schema_names_every_field_of_the_model(validator) -> None:
     """A field added to the model must be added to the schema."""
     import dataclasses
 
-    from attncheck import model
+    from attncheck import audited, model
 
     defs = validator.schema["$defs"]
     kinds = {
@@ -93,6 +93,17 @@ def test_schema_names_every_field_of_the_model(validator) -> None:
         "rank": model.RankState,
         "finding": model.Finding,
         "remedy": model.Remedy,
+        "audit": audited.Audit,
+        "module_op": audited.ModuleOp,
+        "module_communication": audited.ModuleCommunication,
+        "uneven_shard": audited.UnevenShard,
+        "rank_difference": audited.RankDifference,
+        "attention_call": audited.AttentionCall,
+        "numeric": audited.Numeric,
+        "unequal": audited.Unequal,
+        "uncompared": audited.Uncompared,
+        "fit": audited.Fit,
+        "degrees": audited.Degrees,
     }
     for name, kind in kinds.items():
         fields = {f.name for f in dataclasses.fields(kind)}

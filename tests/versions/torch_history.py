@@ -837,6 +837,12 @@ LASTING: tuple[Lasting, ...] = (
         names=("_get_sequence_nr", "_current_autograd_node", "_sequence_nr"),
     ),
     Lasting(
+        "runner.compat.modes.is_innermost",
+        "the dispatch modes that are on",
+        Defines(_MODES, ("_get_current_dispatch_mode_stack",)),
+        names=("_get_current_dispatch_mode_stack",),
+    ),
+    Lasting(
         "runner.compat.modes.convertible_modules",
         "what `Module.to` and its like go through",
         Takes("nn/modules/module.py", "Module._apply", ("self", "fn", "recurse")),

@@ -28,8 +28,11 @@ WAITS = ("wait_tensor", "wait_tensors")
 def group_size(group: Any) -> int:
     """Size of a process group given as a functional collective gets it.
 
-    A name up to 2.11; from 2.12 on the ProcessGroup itself, too.
+    A name up to 2.11; from 2.12 on the ProcessGroup itself, too. An in-place one (`c10d.scatter_`) gets it
+    boxed.
     """
+    if isinstance(group, torch.ScriptObject):
+        group = dist.ProcessGroup.unbox(group)
     if isinstance(group, str):
         import torch.distributed.distributed_c10d as c10d
 

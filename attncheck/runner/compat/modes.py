@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "convertible_modules",
     "fake_mode",
     "is_fake",
+    "is_innermost",
     "route_higher_order_ops",
     "tree_flatten",
     "tree_leaves",
@@ -69,6 +70,14 @@ def convertible_modules() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module._apply = original  # type: ignore[method-assign]
+
+
+def is_innermost(modes: Sequence[Any]) -> bool:
+    """Whether these are the last dispatch modes that were entered, so that they can be left."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    stack = _get_current_dispatch_mode_stack()
+    return bool(modes) and [*stack[-len(modes) :]] == [*modes]
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,165 @@
+"""Watching a real run: the facts of an audit, from the job itself.
+
+`with attncheck.observe():` in the user's code, or `torchrun ... -m attncheck audit --script train.py`. The
+first steps are recorded, then the recorder steps aside. Nothing is mended or gone past: what PyTorch
+raises, the job raises. The report is written when the block is left, whichever way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from attncheck import environment, rules
+from attncheck.audit import auditing, calls
+from attncheck.audit.lines import line_of
+from attncheck.audit.recorder import Recorder, uneven
+from attncheck.audit.seen import told
+from attncheck.audited import OBSERVED, Audit
+from attncheck.model import Report
+from attncheck.runner import compat
+
+STEPS = 3
+Write = Callable[[Report], None]
+
+
+class Observation:
+    """A context manager; see `attncheck.observe`. `report()` is what it saw so far."""
+
+    def __init__(
+        self, steps: int, write: Write | None, target: str = "", command: str = ""
+    ) -> None:
+        self.recorder = Recorder()
+        self.steps = steps
+        self.done = 0
+        self.failure = ""
+        self._write = write
+        self._target = target or (sys.argv[0] if sys.argv and sys.argv[0] else "the run")
+        self._command = command
+        self._stack = contextlib.ExitStack()
+        self._began = time.perf_counter()
+        self._terminated = False
+
+    def __enter__(self) -> Observation:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        hook = register_optimizer_step_post_hook(self._stepped)
+        self._stack.callback(hook.remove)
+        self._stack.callback(self._terminable())
+        self._stack.enter_context(self.recorder.recording())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not _is_clean(error):
+            at = line_of(error)
+            text = str(error).strip().split("\n", 1)[0]
+            self.failure = f"{type(error).__name__}{f' at {at}' if at else ''}: {text}"
+        self._stop()
+        if self._write is not None and (_rank() == 0 or self.failure):
+            self._write(self.report())
+
+    def step(self) -> None:
+        """A step has ended: for a run without an optimizer."""
+        self.done += 1
+        self.recorder.where.forget()
+        if self.done >= self.steps:
+            self._stop()
+
+    def report(self) -> Report:
+        """Facts of one step, as a report without cases of attention calls: nothing is run beside a job."""
+        steps = max(1, self.done or self.recorder.where.outermost)
+        facts = told(self.recorder.facts, self.recorder.where.paths.values(), steps)
+        models = self.recorder.where.models
+        parameters = [p for model in models for p in model.parameters()]
+        mesh = _mesh(parameters)
+        audit = Audit(
+            target=self._target,
+            mesh=mesh,
+            kind=OBSERVED,
+            parameters=sum(p.numel() for p in parameters),
+            parameter_bytes=sum(_local_bytes(p) for p in parameters),
+            layers=facts.layers,
+            steps=steps,
+            ops=facts.ops,
+            communication=facts.communication,
+            uneven=facts.uneven,
+            attention=tuple(each.call for each in calls.plan(facts.attention, mesh)),
+            failure=self.failure,
+            seconds=round(time.perf_counter() - self._began, 2),
+        )
+        results = auditing.model_case(audit)
+        described = {
+            **environment.describe(),
+            "command": self._command,
+            "mesh": mesh,
+            "rank": _rank(),
+        }
+        return Report(described, results, rules.judge(results, select=(), ignore=()), audit=audit)
+
+    def _stepped(self, *_: Any) -> None:
+        self.step()
+
+    def _stop(self) -> None:
+        """Leaves the modes, and with them all that the recorder costs."""
+        if not self.recorder.on:
+            return
+        self.recorder.on = False
+        for model in self.recorder.where.models:
+            for name, parameter in model.named_parameters():
+                if isinstance(parameter, DTensor):
+                    for found in uneven(name, "", parameter):
+                        self.recorder.facts.uneven.setdefault(found)
+        if compat.is_innermost(self.recorder.modes):
+            self._stack.close()  # else a mode of the user's stands over ours: both stay until the end
+
+    def _terminable(self) -> Callable[[], None]:
+        """torchrun ends the other ranks by SIGTERM where one has failed: they have something to tell, too."""
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            signal.signal(signal.SIGTERM, self._terminate)
+        except ValueError:  # not the main thread
+            return lambda: None
+        return lambda: (signal.signal(signal.SIGTERM, before), None)[1]
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+
+def _is_clean(error: BaseException) -> bool:
+    return isinstance(error, SystemExit) and error.code in (0, None)
+
+
+def _rank() -> int:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def _mesh(parameters: Sequence[torch.Tensor]) -> dict[str, int]:
+    """The largest mesh that a parameter is placed on."""
+    meshes = [p.device_mesh for p in parameters if isinstance(p, DTensor)]
+    if not meshes:
+        return {"world": dist.get_world_size()} if dist.is_initialized() else {"world": 1}
+    mesh = max(meshes, key=lambda each: (each.size(), each.ndim))
+    names = mesh.mesh_dim_names or tuple(f"axis{at}" for at in range(mesh.ndim))
+    return dict(zip(names, tuple(mesh.shape), strict=True))
+
+
+def _local_bytes(parameter: torch.Tensor) -> int:
+    local = compat.local_tensor(parameter) if isinstance(parameter, DTensor) else parameter
+    return local.numel() * local.element_size()
