@@ -12,14 +12,16 @@ HOMEPAGE = "https://github.com/attncheck/attncheck"
 
 
 def observe(
-    steps: int = 3, output: str | tuple[str, ...] = ("table",), target: str = ""
+    steps: int = 10, output: str | tuple[str, ...] = ("table",), target: str = ""
 ) -> Observation:
-    """Record what DTensor does in the first `steps` steps of a real run, and write a report at its end.
+    """Record what DTensor does in a real run, and write a report at its end. Of the first `steps` steps the
+    first and the last are recorded.
 
         with attncheck.observe():
             train()
 
-    A step ends with `optimizer.step()` or, in a run without one, `observation.step()`. `output`: one or more
+    A step ends with `optimizer.step()`, with a call of the model without gradients, or where
+    `observation.step()` says so. `output`: one or more
     of FORMAT[:PATH], as for `attncheck scan --output`, written by rank 0, and by a rank that fails (to
     PATH.rankN). `target` names the run in the report. Raises UserError for an unknown format.
     """

@@ -8,13 +8,16 @@ head_dim, ranks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from attncheck import models
-from attncheck.audit.seen import Argument, Seen
+from attncheck.audit.seen import Argument, Seen, Texts
 from attncheck.audited import AttentionCall
+from attncheck.models.planning import SOFTCAP
 from attncheck.probing import (
     BATCH,
     HEAD_DIM,
@@ -37,14 +40,16 @@ BSHD = (BATCH, SEQUENCE, HEADS, HEAD_DIM)
 BHSD = (BATCH, HEADS, SEQUENCE, HEAD_DIM)
 KV_ROLES = {HEADS: KV_HEADS, SEQUENCE: KV_SEQUENCE}
 MASK_ROLES = (BATCH, HEADS, SEQUENCE, KV_SEQUENCE)
+PLAIN = ("plain",)
+RUNNABLE = re.compile(r"R|P\(sum\)|S\([0-3]\)")  # see `Setting.explicit`
 
 
 @dataclass(frozen=True)
 class Kind:
     """How a kernel op is called by the operator that runs it. `names`: the op's q, k and v; `options` makes
     those of the setting from the op's flags; `mask` is the op's name for a mask, and `masked` makes the
-    options of one from its dtype and what it broadcasts over; `tensors` is what the operator calls q, k, v
-    and it."""
+    options of one from its dtype, what it broadcasts over and how it is passed (`sharded` or `plain`);
+    `tensors` is what the operator calls q, k, v and it."""
 
     operator: str
     function: str
@@ -52,7 +57,7 @@ class Kind:
     names: tuple[str, str, str]
     options: Callable[[Mapping[str, Any]], dict[str, Any]]
     mask: str = ""
-    masked: Callable[[str, str], dict[str, Any]] | None = None
+    masked: Callable[[str, str, str], dict[str, Any]] | None = None
     tensors: tuple[str, str, str, str] = ("q", "k", "v", "mask")
 
 
@@ -64,7 +69,7 @@ def _flash_attn(flags: Mapping[str, Any]) -> dict[str, Any]:
     if window != (-1, -1) and not (flags.get("causal") and window == (-1, 0)):
         options["window"] = [_window(side) for side in window]
     if flags.get("softcap"):
-        options["softcap"] = flags["softcap"]
+        options["softcap"] = min(flags["softcap"], SOFTCAP)
     return options
 
 
@@ -81,17 +86,17 @@ def _sdpa_cuda(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {"causal": "top_left"} if flags.get("is_causal") else {}
 
 
-def _mask(dtype: str, broadcast: str) -> dict[str, Any]:
+def _mask(dtype: str, broadcast: str, passed: str) -> dict[str, Any]:
     return {
         "mask": "bool" if dtype == "bool" else "float",
-        "mask_as": "sharded",
-        "mask_broadcast": broadcast or "full",
+        "mask_as": passed,
+        "mask_broadcast": broadcast,
     }
 
 
-def _bias(dtype: str, broadcast: str) -> dict[str, Any]:
+def _bias(dtype: str, broadcast: str, passed: str) -> dict[str, Any]:
     # F.scaled_dot_product_attention expands what broadcasts, whatever it broadcast over.
-    return {"bias": "sharded", "bias_expanded": True}
+    return {"bias": passed, "bias_expanded": True}
 
 
 SDPA_NAMES = ("query", "key", "value")
@@ -164,49 +169,101 @@ def _plan(name: str, seen: Seen, mesh: Mapping[str, int]) -> Planned:
     kind = KINDS.get(call.op)
     told = AttentionCall(seen.modules, call.op, call.op, seen.calls, options=flags)
     if kind is None:
-        placements = {t.name: t.placements or ("plain",) for t in call.tensors}
+        placements = {t.name: t.placements or PLAIN for t in call.tensors}
         why = "attncheck has no operator that calls this op with the arguments of another model"
         return Planned(replace(told, placements=placements, note=why), None, mesh)
     by_name = {tensor.name: tensor for tensor in call.tensors}
     q, k, v = (by_name[each] for each in kind.names)
     mask = by_name.get(kind.mask)
+    tensors = dict(zip(kind.tensors, (q, k, v, mask), strict=True))
+    given = {own: tensor for own, tensor in tensors.items() if tensor is not None}
     sizes = _sizes(kind.layout, q, k)
     options = kind.options(flags)
-    placements = {
-        own: tensor.placements or ("plain",)
-        for own, tensor in zip(kind.tensors, (q, k, v, mask), strict=True)
-        if tensor is not None
-    }
     told = replace(
-        told, function=kind.function, sizes=sizes, options=options, placements=placements
+        told,
+        function=kind.function,
+        sizes=sizes,
+        options=options,
+        placements={own: tensor.placements or PLAIN for own, tensor in given.items()},
     )
-    if not any(tensor.placements for tensor in call.tensors):
-        why = "its tensors are ordinary ones (local_map, to_local): DTensor has no part in it"
+    if why := _refusal(q, k, v, sizes, [t for t in call.tensors if t.placements], mesh):
         return Planned(replace(told, note=why), None, mesh)
-    if v.shape[-1] != q.shape[-1]:
-        why = "q and v have different head_dims, which no probe calls"
-        return Planned(replace(told, note=why), None, mesh)
-    roles = _sharded_roles(kind.layout, q, k, mask)
-    small_mesh = reduced_mesh(mesh, {axis for axes in roles.values() for axis in axes})
-    small = reduced_sizes(sizes, roles, mesh, small_mesh)
-    notes = []
-    rate = float(flags.get("dropout_p") or 0.0)
-    if rate:
+    explicit = {own: _on_axes(tensor, mesh) for own, tensor in given.items() if tensor.placements}
+    roles = _sharded_roles(kind, explicit)
+    small_mesh = reduced_mesh(mesh, roles)
+    notes = [
+        f"run with one rank on {axis}, for want of ranks"
+        for at, axis in enumerate(mesh)
+        if small_mesh[axis] < min(2, mesh[axis]) and any(at in axes for axes in roles.values())
+    ]
+    if rate := float(flags.get("dropout_p") or 0.0):
         notes.append(f"run without its dropout of {rate:g}")
     if mask is not None and kind.masked is not None:
-        options |= kind.masked(mask.dtype, _broadcast(mask, sizes))
-    elif flags.get("alibi_slopes") is not None or "alibi_slopes" in by_name:
+        passed = "sharded" if mask.placements else "plain"
+        options |= kind.masked(mask.dtype, _broadcast(mask), passed)
+        if any(size == 1 < sizes[role] for role, size in _rows_and_columns(mask)):
+            notes.append("run with a mask that has a row for each query and a column for each key")
+    elif "alibi_slopes" in by_name:
         notes.append("run without its alibi slopes")
     setting = Setting(
         name,
-        small,
+        reduced_sizes(sizes, roles, mesh, small_mesh),
         dtype=q.dtype,
         options=options,
         level="quick",
-        explicit={name: texts for name, texts in placements.items() if texts != ("plain",)},
+        explicit=explicit,
     )
-    told = replace(told, operator=kind.operator, setting=name, note="; ".join(notes))
+    told = replace(
+        told,
+        options=options,
+        placements=told.placements | explicit,
+        operator=kind.operator,
+        setting=name,
+        note="; ".join(notes),
+    )
     return Planned(told, setting, small_mesh)
+
+
+def _refusal(
+    q: Argument,
+    k: Argument,
+    v: Argument,
+    sizes: Mapping[str, int],
+    placed: Sequence[Argument],
+    mesh: Mapping[str, int],
+) -> str:
+    """Why no probe makes the same call, or ''. `placed`: those of its tensors that are DTensors."""
+    if not placed:
+        return "its tensors are ordinary ones (local_map, to_local): DTensor has no part in it"
+    if not all(tensor.placements for tensor in (q, k, v)):
+        return "some of q, k and v are ordinary tensors and some are DTensors, which no probe mixes"
+    if v.shape[-1] != q.shape[-1]:
+        return "q and v have different head_dims, which no probe calls"
+    if sizes[HEADS] % sizes[KV_HEADS]:
+        return "its heads are no multiple of those of keys and values, which no probe calls"
+    for tensor in placed:
+        if not _on_axes(tensor, mesh):
+            return f"{tensor.name} lies on a mesh whose axes are none of {', '.join(mesh)}"
+        for text in tensor.placements:
+            if not RUNNABLE.fullmatch(text):
+                return f"{tensor.name} is {text}, in which no probe places a tensor"
+    return ""
+
+
+def _on_axes(tensor: Argument, mesh: Mapping[str, int]) -> Texts:
+    """The placements of a DTensor on every axis of `mesh`: on those that its own mesh has not, each rank has
+    values of its own, which for one call is as if they were replicated. Empty where its mesh has others. A
+    mask has four dims here, as broadcasting counts them."""
+    axes = tensor.axes or tuple(mesh)
+    if len(axes) != len(tensor.placements) or not {*axes} <= {*mesh}:
+        return ()
+    texts = dict(zip(axes, tensor.placements, strict=True))
+    shift = 4 - len(tensor.shape)
+    return tuple(_shifted(texts.get(axis, "R"), shift) for axis in mesh)
+
+
+def _shifted(text: str, dims: int) -> str:
+    return f"S({int(text[2:-1]) + dims})" if dims and text.startswith("S(") else text
 
 
 def _sizes(layout: Sequence[str], q: Argument, k: Argument) -> dict[str, int]:
@@ -217,47 +274,48 @@ def _sizes(layout: Sequence[str], q: Argument, k: Argument) -> dict[str, int]:
     return sizes
 
 
-def _broadcast(mask: Argument, sizes: Mapping[str, int]) -> str:
-    shape = (1,) * (4 - len(mask.shape)) + mask.shape
-    if shape[0] == 1 and shape[1] == 1:
-        return "batch_and_heads"
-    return "heads" if shape[1] == 1 else "batch" if shape[0] == 1 else ""
+def _broadcast(mask: Argument) -> str:
+    """Over what a mask broadcasts, as probes call it."""
+    batch, heads, *_ = (*(1,) * (4 - len(mask.shape)), *mask.shape)
+    if batch == heads == 1:
+        return "both"
+    return "heads" if heads == 1 else "batch" if batch == 1 else "full"
 
 
-def _sharded_roles(
-    layout: Sequence[str], q: Argument, k: Argument, mask: Argument | None
-) -> dict[str, tuple[int, ...]]:
-    """Which mesh axes shard which role, over all tensors."""
-    found: dict[str, list[int]] = {}
-    kv_layout = [KV_ROLES.get(role, role) for role in layout]
-    for tensor, dims in ((q, layout), (k, kv_layout), (mask, MASK_ROLES)):
-        for axis, text in enumerate(tensor.placements if tensor is not None else ()):
-            if text.startswith("S("):
-                axes = found.setdefault(dims[int(text[2:-1])], [])
-                if axis not in axes:
-                    axes.append(axis)
-            elif text.startswith("P"):
-                found.setdefault("", []).append(axis)
+def _rows_and_columns(mask: Argument) -> Iterable[tuple[str, int]]:
+    return zip((SEQUENCE, KV_SEQUENCE), mask.shape[-2:], strict=False)
+
+
+def _sharded_roles(kind: Kind, explicit: Mapping[str, Texts]) -> dict[str, tuple[int, ...]]:
+    """Which mesh axes shard which role, over all tensors; those of partial sums under ''."""
+    kv_layout = tuple(KV_ROLES.get(role, role) for role in kind.layout)
+    dims = dict(zip(kind.tensors, (kind.layout, kv_layout, kv_layout, MASK_ROLES), strict=True))
+    found: dict[str, dict[int, None]] = {}
+    for name, texts in explicit.items():
+        for axis, text in enumerate(texts):
+            if text != "R":
+                role = dims[name][int(text[2:-1])] if text.startswith("S(") else ""
+                found.setdefault(role, {})[axis] = None
     return {role: tuple(axes) for role, axes in found.items()}
 
 
-def reduced_mesh(mesh: Mapping[str, int], used: set[int]) -> dict[str, int]:
-    """The same axes with fewer ranks: two where an axis shards something, one elsewhere.
+def reduced_mesh(mesh: Mapping[str, int], roles: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The same axes with fewer ranks: two where an axis shards something, while they last, and one elsewhere.
+    Axes that shard the batch alone, which attention does not mix, come last; before them those at the front.
+    `roles`: the axes that shard each role, by number.
 
-    >>> reduced_mesh({"dp": 4, "tp": 8}, {1}), reduced_mesh({"dp": 4, "cp": 2, "tp": 8}, {0, 1, 2})
-    ({'dp': 1, 'tp': 2}, {'dp': 1, 'cp': 2, 'tp': 2})
+    >>> reduced_mesh({"dp": 4, "tp": 8}, {"heads": (1,)})
+    {'dp': 1, 'tp': 2}
+    >>> reduced_mesh({"tp": 8, "cp": 2, "dp": 4}, {"heads": (0,), "sequence": (1,), "batch": (2,)})
+    {'tp': 2, 'cp': 2, 'dp': 1}
     """
-    out: dict[str, int] = {}
-    left = RANKS
-    for at, (axis, size) in reversed([*enumerate(mesh.items())]):
-        out[axis] = 2 if at in used and size > 1 and left > 1 else 1
-        left //= out[axis]
-    if (
-        max(out.values(), default=1) == 1 and out
-    ):  # nothing is sharded: still ranks, that may disagree
-        last = list(mesh)[-1]
-        out[last] = min(2, mesh[last])
-    return {axis: out[axis] for axis in mesh}
+    mixed = {axis for role, axes in roles.items() if role != BATCH for axis in axes}
+    used = {axis for axes in roles.values() for axis in axes}
+    several = [at for at, size in enumerate(mesh.values()) if size > 1]
+    wanted = sorted((at for at in several if at in used), key=lambda at: (at not in mixed, -at))
+    # Where nothing is sharded there are still ranks, that may disagree.
+    two = wanted[: RANKS // 2] or several[-1:]
+    return {axis: 2 if at in two else 1 for at, axis in enumerate(mesh)}
 
 
 def reduced_sizes(
@@ -266,36 +324,49 @@ def reduced_sizes(
     mesh: Mapping[str, int],
     small: Mapping[str, int],
 ) -> dict[str, int]:
-    """Sizes at which the ranks of `small` divide what those of `mesh` divide at the model's own."""
+    """Sizes that lie on the ranks of `small` as the model's own lie on those of `mesh`: they divide them,
+    they do not, or there are fewer than ranks. Where `small` has one rank for what is sharded, nothing is
+    kept."""
 
-    def ranks(of: Mapping[str, int], role: str) -> int:
-        counts = list(of.values())
-        out = 1
-        for axis in roles.get(role, ()):
-            out *= counts[axis]
-        return out
+    def ranks(*names: str) -> tuple[int, int]:
+        many, few = (
+            max(math.prod([*of.values()][axis] for axis in roles.get(name, ())) for name in names)
+            for of in (mesh, small)
+        )
+        return (many, few) if few > 1 else (1, 1)
 
     out: dict[str, int] = {}
     for role, size in sizes.items():
-        many, few = ranks(mesh, role), ranks(small, role)
-        if role == BATCH:
-            base = min(size, 2) * few if size % many == 0 else few + 1
-            out[role] = max(1, min(base, size) if few == 1 else base)
-        elif role in TOKENS:
-            small_enough = size <= TOKENS[role] and few == many
-            out[role] = (
-                size if small_enough else models.reduce_length(size, many, few, TOKENS[role])
-            )
+        many, few = ranks(role)
+        if role in TOKENS:
+            out[role] = _length(size, many, few, TOKENS[role])
+        elif role == BATCH:
+            out[role] = _alike(size, many, few, min(size // many, 2) * few)
         elif role == HEAD_DIM:
-            out[role] = min(size, HEAD_DIMS)
+            out[role] = _alike(size, many, few, min(size, HEAD_DIMS) // few * few)
     if sizes[SEQUENCE] == sizes[KV_SEQUENCE]:
-        out[KV_SEQUENCE] = out[SEQUENCE]
-    out[HEADS], out[KV_HEADS] = sizes[HEADS], sizes[KV_HEADS]
-    if sizes[HEADS] % sizes[KV_HEADS] == 0:
-        out[HEADS], out[KV_HEADS] = models.reduce(
-            sizes[HEADS],
-            sizes[KV_HEADS],
-            max(ranks(mesh, HEADS), ranks(mesh, KV_HEADS)),
-            max(ranks(small, HEADS), ranks(small, KV_HEADS)),
-        )
+        # One length: that of the side which is sharded.
+        by, other = SEQUENCE, KV_SEQUENCE
+        if SEQUENCE not in roles:
+            by, other = other, by
+        if other not in roles or roles[by] == roles[other]:
+            out[other] = out[by]
+    many, few = ranks(HEADS, KV_HEADS)
+    out[HEADS], out[KV_HEADS] = models.reduce(sizes[HEADS], sizes[KV_HEADS], many, few)
     return {role: out[role] for role in sizes}
+
+
+def _length(size: int, many: int, few: int, like: int) -> int:
+    if few == many and size <= like:
+        return size
+    return few - 1 if size < many else models.reduce_length(size, many, few, like)
+
+
+def _alike(size: int, many: int, few: int, divided: int) -> int:
+    """Where `many` ranks divide `size`, `divided`, which `few` do; else a size near it that they do not, or
+    of which some get nothing.
+
+    >>> [_alike(size, 8, 2, 64) for size in (128, 60, 7)]
+    [64, 65, 1]
+    """
+    return few - 1 if size < many else divided + (size % many > 0)

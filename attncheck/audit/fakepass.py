@@ -35,6 +35,7 @@ from attncheck.errors import UserError
 from attncheck.model import from_json, to_json
 from attncheck.runner import compat
 from attncheck.runner.compat import tree_leaves
+from attncheck.runner.compat.meshes import real_meshes
 
 _UNRESOLVED = re.compile(r"Parallelize plan key '([^']+)' could not be resolved")
 
@@ -51,7 +52,7 @@ def look(asked: Pass) -> Answer:
     route = AsOnCuda()
     recorder = Recorder(carry_on)
     failure = ""
-    with compat.fake_mode(take_real=True), compat.convertible_modules(), route:
+    with compat.fake_mode(take_real=True), compat.convertible_modules(), real_meshes(), route:
         model = _built(asked.target, build, mesh)
         arguments, keywords = _given(asked.inputs, inputs, mesh)
         recorder.where.name(model)

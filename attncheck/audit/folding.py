@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
+
+# A path in parts; where it has a number, the numbers of all the paths that are told with it.
+Part = str | frozenset[int]
+Parts = tuple[Part, ...]
 
 
-def starred(path: str, numbers: int) -> str:
-    """The path with its first so many numbers as `*`.
+def starred(path: str) -> str:
+    """The path with each number as `*`.
 
-    >>> starred("blocks.3.experts.11", 1), starred("blocks.3.experts.11", 2), starred("norm1", 1)
-    ('blocks.*.experts.11', 'blocks.*.experts.*', 'norm1')
+    >>> starred("blocks.3.experts.11.w2"), starred("norm1")
+    ('blocks.*.experts.*.w2', 'norm1')
     """
-    return _NUMBER.sub("*", path, count=numbers) if numbers else path
+    return _NUMBER.sub("*", path)
 
 
 class Folder:
@@ -22,26 +26,32 @@ class Folder:
 
     def __init__(self, paths: Iterable[str]) -> None:
         self._paths = tuple(dict.fromkeys(paths))
-        self._depth = max((len(_NUMBER.findall(path)) for path in self._paths), default=0)
-        # How the names with one star less share those with so many stars.
-        self._members: list[dict[str, set[str]]] = []
-        for stars in range(1, self._depth + 1):
-            members: dict[str, set[str]] = {}
-            for path in self._paths:
-                members.setdefault(starred(path, stars), set()).add(starred(path, stars - 1))
-            self._members.append(members)
+        self._alike: dict[tuple[str, ...], list[Parts]] = {}  # that differ in numbers alone
+        for parts in map(_parts, self._paths):
+            self._alike.setdefault(_kind(parts), []).append(parts)
+        self._names: dict[Parts, str] = {}
 
     def layers(self) -> dict[str, int]:
-        """How many modules each name stands for that has one number for all of several modules."""
-        counts: dict[str, int] = {}
-        for path in self._paths:
-            name = starred(path, 1)
-            counts[name] = counts.get(name, 0) + 1
-        return {name: count for name, count in counts.items() if "*" in name and count > 1}
+        """How many modules there are of each path, whatever the first number in it that is not the same in
+        all of them.
+
+        >>> Folder(["stages.0.blocks.0", "stages.0.blocks.1", "stages.0.blocks.1.mlp.2"]).layers()
+        {'stages.0.blocks.*': 2}
+        """
+        alike: dict[Parts, int] = {}
+        for parts in map(_parts, self._paths):
+            for name in _starred_once(parts):
+                alike[name] = alike.get(name, 0) + 1
+        found = {}
+        for parts in map(_parts, self._paths):
+            name = next((name for name in _starred_once(parts) if alike[name] > 1), None)
+            if name is not None:
+                found[".".join(map(_text, name))] = alike[name]
+        return found
 
     def fold(self, counts: Mapping[str, int]) -> list[tuple[str, int]]:
-        """(name, sum of counts) for each group of paths that one name can stand for: all modules that differ
-        in a number are told by `*`, some of the layers by their numbers, one by itself.
+        """(name, sum of counts) for each group of paths that one name can stand for: `*` where it is all the
+        numbers that there are, else these numbers. Each path is told by one name, which tells no other.
 
         >>> folder = Folder(f"b.{at}" for at in range(4))
         >>> folder.fold({"b.0": 1, "b.1": 1, "b.2": 1, "b.3": 1, "head": 2})
@@ -49,33 +59,81 @@ class Folder:
         >>> folder.fold({"b.0": 1, "b.1": 1, "b.3": 1}), folder.fold({"b.2": 5})
         ([('b.[0-1,3]', 3)], [('b.2', 5)])
         """
-        named = dict(counts)
-        for stars, members in enumerate(self._members, 1):
-            groups: dict[str, list[str]] = {}
-            for name in named:
-                groups.setdefault(_star_next(name), []).append(name)
-            merged: dict[str, int] = {}
-            for name, own in groups.items():
-                total = sum(named[each] for each in own)
-                everyone = members.get(name, set())
-                if len(own) > 1 and set(own) == everyone:
-                    merged[name] = total
-                elif len(own) > 1 and stars == 1:
-                    merged[_some(own)] = total
-                else:
-                    merged |= {each: named[each] for each in own}
-            named = merged
-        return list(named.items())
+        groups = {_parts(path): count for path, count in counts.items()}
+        for at in range(max(map(len, groups), default=0)):
+            groups = _merged(groups, at)
+        return [(self._name(parts), count) for parts, count in groups.items()]
+
+    def _name(self, parts: Parts) -> str:
+        name = self._names.get(parts)
+        if name is None:
+            name = self._names[parts] = ".".join(self._shown(parts))
+        return name
+
+    def _shown(self, parts: Parts) -> Iterable[str]:
+        alike = self._alike.get(_kind(parts), [])
+        for at, part in enumerate(parts):
+            if isinstance(part, str):
+                yield part
+                continue
+            there = {path[at] for path in alike if _fits(path, parts, but=at)}
+            if len(part) > 1 and {frozenset([number]) for number in part} == there:
+                # From here on it is all modules that are told, whatever their number here.
+                parts = (*parts[:at], "*", *parts[at + 1 :])
+                yield "*"
+            elif len(part) > 1:
+                yield f"[{_ranges(sorted(part))}]"
+            else:
+                yield _text(part)
 
 
-def _star_next(name: str) -> str:
-    return _NUMBER.sub("*", name, count=1)
+def _parts(path: str) -> Parts:
+    return tuple(
+        frozenset([int(part)]) if _NUMBER.fullmatch(part) else part for part in path.split(".")
+    )
 
 
-def _some(paths: Sequence[str]) -> str:
-    """Several layers of one name, by their numbers."""
-    numbers = sorted(int(_NUMBER.search(path)[0]) for path in paths)  # type: ignore[index]
-    return _NUMBER.sub(f"[{_ranges(numbers)}]", paths[0], count=1)
+def _text(part: Part) -> str:
+    """Of a part with one number at most."""
+    return part if isinstance(part, str) else "".join(map(str, part))
+
+
+def _starred_once(parts: Parts) -> Iterable[Parts]:
+    """The parts with one of their numbers as `*`, the first number first."""
+    for at, part in enumerate(parts):
+        if isinstance(part, frozenset):
+            yield (*parts[:at], "*", *parts[at + 1 :])
+
+
+def _kind(parts: Parts) -> tuple[str, ...]:
+    return tuple(part if isinstance(part, str) else "*" for part in parts)
+
+
+def _merged(groups: Mapping[Parts, int], at: int) -> dict[Parts, int]:
+    """Groups that differ in their numbers at one place alone become one."""
+    found: dict[Parts, list[frozenset[int]]] = {}
+    counts: dict[Parts, int] = {}
+    for parts, count in groups.items():
+        numbers = parts[at] if at < len(parts) else ""
+        rest = parts
+        if isinstance(numbers, frozenset):
+            rest = (*parts[:at], frozenset(), *parts[at + 1 :])
+            found.setdefault(rest, []).append(numbers)
+        counts[rest] = counts.get(rest, 0) + count
+    return {
+        (*rest[:at], frozenset().union(*found[rest]), *rest[at + 1 :])
+        if rest in found
+        else rest: count
+        for rest, count in counts.items()
+    }
+
+
+def _fits(path: Parts, parts: Parts, but: int) -> bool:
+    """Whether `parts`, of which some may be `*` by now, tell this path of the same kind, but for one place."""
+    return all(
+        at == but or isinstance(own, str) or numbers == "*" or own <= numbers
+        for at, (own, numbers) in enumerate(zip(path, parts, strict=True))
+    )
 
 
 def _ranges(numbers: Sequence[int]) -> str:

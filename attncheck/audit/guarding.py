@@ -27,6 +27,8 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         host = arguments[1] if event == "socket.connect" else arguments[0]
         if isinstance(host, tuple):
             host = host[0]
+        elif event == "socket.connect":
+            return  # a path: a socket of this machine's own (AF_UNIX)
         raise NetworkAsked(f"it goes to the network ({host})")
 
 
@@ -37,11 +39,11 @@ def no_network() -> Iterator[None]:
     if not _installed:  # an audit hook stays as long as the process
         sys.addaudithook(_hook)
         _installed = True
-    _forbidden = True
+    before, _forbidden = _forbidden, True
     try:
         yield
     finally:
-        _forbidden = False
+        _forbidden = before
 
 
 def limit_memory(more: int = MEMORY_BYTES) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 import traceback
 from pathlib import Path
 
 _OURS = str(Path(__file__).resolve().parents[1])
-_INSTALLED = [_OURS, *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}]
+_INSTALLED = [
+    os.path.join(folder, "")
+    for folder in (_OURS, *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+]
 
 
 def add_installed(folder: str) -> None:
     """What lies in this folder is nobody's own code: a package that attncheck provisioned."""
-    _INSTALLED.append(folder)
+    _INSTALLED.append(os.path.join(folder, ""))
 
 
 def is_users(file: str) -> bool:

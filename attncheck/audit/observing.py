@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,8 @@ from attncheck.audited import OBSERVED, Audit
 from attncheck.model import Report
 from attncheck.runner import compat
 
-STEPS = 3
+# A dispatch mode in Python costs a third of a step of small ops; two of ten steps leave that under a tenth.
+STEPS = 10
 Write = Callable[[Report], None]
 
 
@@ -42,21 +42,22 @@ class Observation:
         self.recorder = Recorder()
         self.steps = steps
         self.done = 0
+        self.recorded = 0
         self.failure = ""
         self._write = write
         self._target = target or (sys.argv[0] if sys.argv and sys.argv[0] else "the run")
         self._command = command
-        self._stack = contextlib.ExitStack()
+        self._around = contextlib.ExitStack()
+        self._step = contextlib.ExitStack()
         self._began = time.perf_counter()
-        self._terminated = False
 
     def __enter__(self) -> Observation:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        hook = register_optimizer_step_post_hook(self._stepped)
-        self._stack.callback(hook.remove)
-        self._stack.callback(self._terminable())
-        self._stack.enter_context(self.recorder.recording())
+        hook = register_optimizer_step_post_hook(lambda *_: self.step())
+        self._around.callback(hook.remove)
+        self._around.callback(self._terminable())
+        self._record()
         return self
 
     def __exit__(
@@ -69,24 +70,48 @@ class Observation:
             at = line_of(error)
             text = str(error).strip().split("\n", 1)[0]
             self.failure = f"{type(error).__name__}{f' at {at}' if at else ''}: {text}"
-        self._stop()
+        self._step.close()
+        self._around.close()
         if self._write is not None and (_rank() == 0 or self.failure):
             self._write(self.report())
 
     def step(self) -> None:
-        """A step has ended: for a run without an optimizer."""
+        """A step has ended. An optimizer's `step()` says so itself, and so does a model that is called
+        without gradients."""
         self.done += 1
         self.recorder.where.forget()
-        if self.done >= self.steps:
-            self._stop()
+        if self.recorder.on:
+            self.recorded += 1
+            self._pause()
+        if self.done == self.steps - 1:
+            self._record()
+
+    def _record(self) -> None:
+        self.recorder.on = True
+        self.recorder.where.on_return = self._returned
+        self._step.enter_context(self.recorder.recording())
+
+    def _pause(self) -> None:
+        """Leaves the modes, and with them all that the recorder costs."""
+        self.recorder.on = False
+        if compat.is_innermost(self.recorder.modes):
+            self._step.close()  # else a mode of the user's stands over ours: both stay until the end
+
+    def _returned(self) -> None:
+        if not torch.is_grad_enabled():
+            self.step()
 
     def report(self) -> Report:
         """Facts of one step, as a report without cases of attention calls: nothing is run beside a job."""
-        steps = max(1, self.done or self.recorder.where.outermost)
-        facts = told(self.recorder.facts, self.recorder.where.paths.values(), steps)
-        models = self.recorder.where.models
-        parameters = [p for model in models for p in model.parameters()]
+        steps = max(1, self.recorded)
+        named = [item for model in self.recorder.where.models for item in model.named_parameters()]
+        for name, parameter in named:
+            if isinstance(parameter, DTensor):
+                for found in uneven(name, "", parameter):
+                    self.recorder.facts.uneven.setdefault(found)
+        parameters = [parameter for _, parameter in named]
         mesh = _mesh(parameters)
+        facts = told(self.recorder.facts, self.recorder.where.paths.values(), steps)
         audit = Audit(
             target=self._target,
             mesh=mesh,
@@ -110,22 +135,6 @@ class Observation:
             "rank": _rank(),
         }
         return Report(described, results, rules.judge(results, select=(), ignore=()), audit=audit)
-
-    def _stepped(self, *_: Any) -> None:
-        self.step()
-
-    def _stop(self) -> None:
-        """Leaves the modes, and with them all that the recorder costs."""
-        if not self.recorder.on:
-            return
-        self.recorder.on = False
-        for model in self.recorder.where.models:
-            for name, parameter in model.named_parameters():
-                if isinstance(parameter, DTensor):
-                    for found in uneven(name, "", parameter):
-                        self.recorder.facts.uneven.setdefault(found)
-        if compat.is_innermost(self.recorder.modes):
-            self._stack.close()  # else a mode of the user's stands over ours: both stay until the end
 
     def _terminable(self) -> Callable[[], None]:
         """torchrun ends the other ranks by SIGTERM where one has failed: they have something to tell, too."""

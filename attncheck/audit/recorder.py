@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,9 +36,22 @@ from attncheck.runner.compat import AsyncCollectiveTensor, TorchDispatchMode, tr
 from attncheck.runner.observe import ALIASES
 
 
+@dataclass
+class _Known:
+    """What a call does that was looked at before: DTensor answers equal calls alike."""
+
+    ops: dict[str, int]
+    traffic: list[tuple[Traffic, int, int]]
+    attention: Attention | None
+
+
 class Recorder:
     """Records while `recording()`. With `carry`, what an op that fails may have returned is asked of it, and
-    the model goes on; without, what the op raised goes on, as in any run."""
+    the model goes on; without, what the op raised goes on, as in any run.
+
+    The first of equal calls (the same op and flags, placements and shapes) is looked at from both sides, the
+    others are counted: forty layers cost as much to watch as one, but for the counting.
+    """
 
     def __init__(self, carry: Callable[..., Any] | None = None) -> None:
         self.facts = Facts()
@@ -45,24 +59,25 @@ class Recorder:
         self.carry = carry
         self.on = True
         self.modes: tuple[TorchDispatchMode, ...] = ()
+        self._below = _Below(self)
         self._op = ""
         self._counting = True
-        self._calls: dict[Any, Op] = {}
+        self._own: list[tuple[Traffic, int, int]] = []  # of the call that is looked at
+        self._known: dict[Any, _Known] = {}
         self._texts: dict[Any, Texts] = {}
-        self._names: dict[Any, str] = {}
-        self._attention: dict[Any, bool] = {}
+        self._quiet: set[Any] = set()
+        self._plain: dict[Any, bool] = {}
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """The modules of this process are followed, and the ops in here are recorded."""
         compat.route_higher_order_ops(_Above, _Below)
-        below, above = self.modes = _Below(self), _Above(self)
+        self.modes = (_Above(self),)
         with (
             self.where.watching(),
             compat.watch_alltoall(self._alltoall),
             compat.unwatched_propagation(),
-            below,
-            above,
+            self.modes[0],
         ):
             yield
 
@@ -70,59 +85,97 @@ class Recorder:
 
     def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """An op that takes a DTensor."""
-        name = self._name(func)
-        if name in ALIASES:
+        if func in self._quiet:
             return func(*args, **kwargs)
         backward = compat.in_backward()
+        key = _key(func, backward, args, kwargs)
+        known = self._known.get(key) if key is not None else None
         path = self.where.path(backward)
-        inputs = self._placements(args, kwargs)
-        above, self._op = self._op, name
+        if known is None:
+            return self._look(key, func, path, backward, args, kwargs)
+        counting, self._counting = self._counting, False
         try:
             out = func(*args, **kwargs)
         except Exception as error:
-            self._failed(name, path, backward, inputs, error)
-            if self.carry is None:
-                raise
-            with self._suspended():
-                out = self._carried(func, args, kwargs, error)
-        else:
-            key = (func, backward, inputs, self._outputs(out))
-            kind = self._calls.get(key)
-            if kind is None:
-                kind = self._calls[key] = self._new(key, name, path, args, kwargs)
-            by_path = self.facts.ops[kind]
-            by_path[path] = by_path.get(path, 0) + 1
+            name = compat.op_name(func)
+            return self._failed(func, name, path, backward, args, kwargs, error)
         finally:
-            self._op = above
-        if not backward and self._is_attention(func, name):
-            self.attend(func, name, path, args, kwargs)
+            self._counting = counting
+        known.ops[path] = known.ops.get(path, 0) + 1
+        for kind, count, size in known.traffic:
+            self._add_traffic(kind, path, count, size)
+        if known.attention is not None:
+            self._attended(known.attention, path)
         return out
 
-    def attend(
-        self, func: Any, name: str, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
-        call = Attention(name, *_arguments(func, args, kwargs, self._text))
+    def _look(self, key: Any, func: Any, path: str, backward: bool, args: Any, kwargs: Any) -> Any:
+        name = compat.op_name(func)
+        if name in ALIASES:
+            self._quiet.add(func)
+            return func(*args, **kwargs)
+        above, self._op = self._op, name
+        before, self._own = self._own, []
+        try:
+            with self._below:
+                out = func(*args, **kwargs)
+        except Exception as error:
+            return self._failed(func, name, path, backward, args, kwargs, error)
+        else:
+            phase = BACKWARD if backward else FORWARD
+            kind = Op(name, phase, self._placements((args, kwargs)), self._placements(out))
+            ops = self.facts.ops.setdefault(kind, {})
+            ops[path] = ops.get(path, 0) + 1
+            attention = None
+            if not backward:
+                self.facts.lines.setdefault(((name, FORWARD), path), user_line())
+                if attention_ops.looks_like(name, compat.schema_of(func)):
+                    attention = Attention(name, *_arguments(func, args, kwargs, self._text))
+                    self._attended(attention, path)
+            self._look_for_uneven(name, path, args, kwargs)
+            if key is not None:
+                self._known[key] = _Known(ops, self._own, attention)
+            return out
+        finally:
+            self._op, self._own = above, before
+
+    def plain(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """An op on ordinary tensors: a collective that the model or its plan asks for, or attention in a
+        `local_map`."""
+        interesting = self._plain.get(func)
+        if interesting is None:
+            name = compat.op_name(func)
+            called = collectives.called(func, args, kwargs)
+            interesting = called is not None and bool(called.name)
+            interesting = interesting or attention_ops.looks_like(name, compat.schema_of(func))
+            self._plain[func] = interesting
+        if not interesting:
+            return
+        called = collectives.called(func, args, kwargs)
+        if called is not None:
+            self.collective(called)
+        elif not compat.in_backward():
+            call = Attention(compat.op_name(func), *_arguments(func, args, kwargs, self._text))
+            self._attended(call, self.where.path(False))
+
+    def attended(self, op: str, tensors: tuple[Argument, ...], flags: str) -> None:
+        """An attention call that is no op of its own by the time that this mode sees it."""
+        self._attended(Attention(op, tensors, flags), self.where.path(False))
+
+    def _attended(self, call: Attention, path: str) -> None:
         by_path = self.facts.attention.setdefault(call, {})
         by_path[path] = by_path.get(path, 0) + 1
 
-    def plain(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """An op on ordinary tensors: attention in a `local_map` is attention."""
-        name = self._name(func)
-        if self._is_attention(func, name) and not compat.in_backward():
-            self.attend(func, name, self.where.path(False), args, kwargs)
-
-    def _new(self, key: Any, name: str, path: str, args: Any, kwargs: Any) -> Op:
-        _, backward, inputs, outputs = key
-        kind = Op(
-            name, BACKWARD if backward else FORWARD, self._shown(inputs), self._shown(outputs)
-        )
-        self.facts.ops.setdefault(kind, {})
-        if not backward:
-            self.facts.lines.setdefault(((name, FORWARD), path), user_line())
-        self._look_for_uneven(name, path, args, kwargs)
-        return kind
-
-    def _failed(self, name: str, path: str, backward: bool, inputs: Any, error: Exception) -> None:
+    def _failed(
+        self,
+        func: Any,
+        name: str,
+        path: str,
+        backward: bool,
+        args: Any,
+        kwargs: Any,
+        error: Exception,
+    ) -> Any:
+        """Writes down what was refused; what the op may have returned, or raises what it raised."""
         problem, named = compat.refusal(error) or ("error", None)
         op = named if named and named != name and "." in named else name
         message = (
@@ -131,50 +184,30 @@ class Recorder:
             else f"{type(error).__name__}: {compat.error_text(error)}"[:500]
         )
         phase = BACKWARD if backward else FORWARD
-        kind = Op(op, phase, self._shown(inputs), (), problem, message)
+        kind = Op(op, phase, self._placements((args, kwargs)), (), problem, message)
         by_path = self.facts.ops.setdefault(kind, {})
         by_path[path] = by_path.get(path, 0) + 1
         if not backward:
             self.facts.lines.setdefault(((op, FORWARD), path), user_line())
-
-    def _carried(self, func: Any, args: Any, kwargs: Any, error: Exception) -> Any:
-        assert self.carry is not None
-        try:
-            return self.carry(func, args, kwargs)
-        except Exception:
-            raise error from None  # what it raised at first is what users will see
-
-    def _is_attention(self, func: Any, name: str) -> bool:
-        known = self._attention.get(func)
-        if known is None:
-            known = attention_ops.looks_like(name, compat.schema_of(func))
-            self._attention[func] = known
-        return known
-
-    def _name(self, func: Any) -> str:
-        name = self._names.get(func)
-        if name is None:
-            name = self._names[func] = compat.op_name(func)
-        return name
+            if attention_ops.looks_like(name, compat.schema_of(func)):
+                self._attended(Attention(name, *_arguments(func, args, kwargs, self._text)), path)
+        if self.carry is None:
+            raise error
+        with self._suspended():
+            try:
+                return self.carry(func, args, kwargs)
+            except Exception:
+                raise error from None  # what it raised at first is what users will see
 
     # --- placements ------------------------------------------------------------------------------
 
-    def _placements(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Of each tensor among the arguments: the placements of a DTensor, None of an ordinary one."""
-        found: list[Any] = []
-        for value in args:
-            _add(value, found)
-        for value in kwargs.values():
-            _add(value, found)
-        return tuple(found)
-
-    def _outputs(self, out: Any) -> tuple[Any, ...]:
-        found: list[Any] = []
-        _add(out, found)
-        return tuple(found)
-
-    def _shown(self, placements: tuple[Any, ...]) -> Placed:
-        return tuple(("plain",) if each is None else self._text(each) for each in placements)
+    def _placements(self, tree: Any) -> Placed:
+        """Of each tensor in it: its placements, or `plain`."""
+        return tuple(
+            self._text(leaf.placements) if isinstance(leaf, DTensor) else ("plain",)
+            for leaf in tree_leaves(tree)
+            if isinstance(leaf, torch.Tensor)
+        )
 
     def _text(self, placements: Any) -> Texts:
         texts = self._texts.get(placements)
@@ -200,14 +233,16 @@ class Recorder:
         backward = compat.in_backward()
         path = self.where.path(backward)
         kind = Traffic(name, BACKWARD if backward else FORWARD, self._op)
-        by_path = self.facts.traffic.setdefault(kind, {})
-        if path not in by_path:
-            by_path[path] = [0, 0]
-            if not backward:
-                self.facts.lines.setdefault((kind, path), user_line())
-        size = sum(t.numel() * t.element_size() for t in operands)
-        by_path[path][0] += 1
-        by_path[path][1] += ring_bytes(name, size, ranks)
+        sent = ring_bytes(name, sum(t.numel() * t.element_size() for t in operands), ranks)
+        self._own.append((kind, 1, sent))
+        if not backward:
+            self.facts.lines.setdefault((kind, path), user_line())
+        self._add_traffic(kind, path, 1, sent)
+
+    def _add_traffic(self, kind: Traffic, path: str, count: int, size: int) -> None:
+        totals = self.facts.traffic.setdefault(kind, {}).setdefault(path, [0, 0])
+        totals[0] += count
+        totals[1] += size
 
     @contextlib.contextmanager
     def _suspended(self) -> Iterator[None]:
@@ -225,14 +260,33 @@ class Recorder:
             yield
 
 
-def _add(value: Any, found: list[Any]) -> None:
-    if isinstance(value, DTensor):
-        found.append(value.placements)
-    elif isinstance(value, torch.Tensor):
-        found.append(None)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            _add(each, found)
+def _key(func: Any, backward: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What equal calls have in common; None where an argument cannot be compared."""
+    parts: list[Any] = [func, backward]
+    _add_parts(args, parts)
+    for name, value in kwargs.items():
+        parts.append(name)
+        _add_parts((value,), parts)
+    key = tuple(parts)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _add_parts(values: Sequence[Any], parts: list[Any]) -> None:
+    for value in values:
+        if isinstance(value, DTensor):
+            # Its placements, mesh, shape, stride and dtype; the hash is kept by the spec, equality is not.
+            parts.append(hash(compat.spec_of(value)))
+        elif isinstance(value, torch.Tensor):
+            parts.append(value.shape)
+        elif isinstance(value, (list, tuple)):
+            parts.append(len(value))
+            _add_parts(value, parts)
+        else:
+            parts.append(value)
 
 
 def uneven(path: str, op: str, tensor: DTensor) -> Iterator[Uneven]:

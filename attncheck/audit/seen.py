@@ -54,12 +54,14 @@ class Uneven:
 
 @dataclass(frozen=True)
 class Argument:
-    """A tensor that an attention op took; `placements` is empty for an ordinary one."""
+    """A tensor that an attention op took; `placements` is empty for an ordinary one, and `axes` are those of
+    its mesh, empty where they have no names."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    placements: Texts
+    placements: Texts = ()
+    axes: Texts = ()
 
 
 @dataclass(frozen=True)
@@ -166,19 +168,20 @@ def _line(facts: Facts, kind: Any, by_path: Iterable[str]) -> str:
 def _uneven(facts: Facts, folder: Folder) -> Iterable[UnevenShard]:
     """Every parameter; of what ops took, each size once, where it is met first: what follows has it from
     there."""
-    met = set()
-    grouped: dict[tuple[str, str, int, int, str, int], dict[str, int]] = {}
+    met: set[tuple[int, str]] = set()
+    grouped: dict[tuple[str, str, str, int, int, str, int], dict[str, int]] = {}
     for found in facts.uneven:
-        name = starred(found.path, 1)
-        key = (name, found.op, found.dim, found.size, found.axis, found.ranks)
+        # A parameter is told by its module's name, which the folder knows, and its own.
+        module, _, name = (found.path, "", "") if found.op else found.path.rpartition(".")
+        key = (starred(module), name, found.op, found.dim, found.size, found.axis, found.ranks)
         if found.op and key not in grouped:
             if (found.size, found.axis) in met:
                 continue
             met.add((found.size, found.axis))
-        grouped.setdefault(key, {})[found.path] = 1
-    for (_, op, dim, size, axis, ranks), paths in grouped.items():
+        grouped.setdefault(key, {})[module] = 1
+    for (_, name, op, dim, size, axis, ranks), modules in grouped.items():
         rows = -(-size // ranks)
         last = max(0, size - rows * (ranks - 1))
-        for own, _ in folder.fold(paths):
-            tensor = f"{own}: {op}" if op else own
+        for own, _ in folder.fold(modules):
+            tensor = f"{own}: {op}" if op else f"{own}.{name}".strip(".")
             yield UnevenShard(tensor, dim, size, axis, ranks, min(rows, size), last)

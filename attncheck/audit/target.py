@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from attncheck.errors import UserError, unknown
@@ -30,17 +31,7 @@ def load(text: str, option: str) -> Callable[..., Any]:
     not there."""
     module_name, function = parse(text, option)
     if module_name.endswith(".py"):
-        path = Path(module_name).resolve()
-        if str(path.parent) not in sys.path:
-            sys.path.insert(0, str(path.parent))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        if path.stem in sys.modules:
-            module = sys.modules[path.stem]
-        else:
-            module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+        module = _from_file(Path(module_name).resolve())
     else:
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
@@ -60,3 +51,24 @@ def load(text: str, option: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{option} {text!r} is a {type(found).__name__}, expected a function.")
     return found  # type: ignore[no-any-return]
+
+
+def _from_file(path: Path) -> ModuleType:
+    """The file as a module of its own name, run once; of another name where that one is taken (`json.py`)."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    name = path.stem
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) != str(path):
+        name = f"attncheck_target_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]  # as import does
+        raise
+    return module

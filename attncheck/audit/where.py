@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ class Where:
 
     def __init__(self) -> None:
         self.paths: dict[int, str] = {}
-        self.models: list[torch.nn.Module] = []  # an id means something only as long as it lives
-        self._nameless: list[torch.nn.Module] = []
+        self.models: list[torch.nn.Module] = []
         self.outermost = 0  # calls of a module that no other called
+        self.on_return: Callable[[], None] | None = None  # at the end of each of them
+        self._modules: list[torch.nn.Module] = []  # an id means something only as long as it lives
         self._hooks: list[Any] = []
         self._watching = False
         self._stack: list[str] = []
@@ -42,20 +43,27 @@ class Where:
             self._take(module, _WRAPPERS.sub("", f"{prefix}{path}").strip("."))
 
     def _take(self, module: torch.nn.Module, path: str) -> None:
-        """From now on it has a path; what its own hooks do (a plan redistributes in them) is its doing, so
-        ours comes after them."""
         if id(module) not in self.paths:
             self.paths[id(module)] = path
-            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
+            self._modules.append(module)
+            if self._watching:
+                self._hook(module)
+
+    def _hook(self, module: torch.nn.Module) -> None:
+        """What its own hooks do (a plan redistributes in them) is its doing, so ours comes after them."""
+        self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         self._hooks.append(register_module_forward_pre_hook(self._enter))
         self._watching = True
+        for module in self._modules:
+            self._hook(module)
         try:
             yield
         finally:
             self._watching = False
+            self._stack.clear()
             for hook in self._hooks:
                 hook.remove()
             self._hooks.clear()
@@ -79,7 +87,6 @@ class Where:
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
         if id(module) not in self.paths:
             if self._stack:
-                self._nameless.append(module)
                 self._take(module, f"{self._stack[-1]}.{type(module).__name__}".strip("."))
             else:
                 self.name(module)
@@ -91,6 +98,8 @@ class Where:
         if self._watching and self._stack:
             self._stack.pop()
             self._mark()
+            if not self._stack and self.on_return is not None and not compat.in_backward():
+                self.on_return()
 
     def _mark(self) -> None:
         number = compat.next_number()

@@ -54,7 +54,12 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Watch a real run instead: run this script, its arguments after `--`, and report its first steps.",
 )
-@click.option("--steps", type=int, metavar="N", help="With --script: steps to record (default 3).")
+@click.option(
+    "--steps",
+    type=int,
+    metavar="N",
+    help="With --script: of the first N steps the first and the last are recorded (default 10).",
+)
 @click.option("--device", metavar="NAME", help="Where the calls are run: cpu (default) or cuda.")
 @many(
     "--with",

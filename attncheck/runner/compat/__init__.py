@@ -52,6 +52,7 @@ from attncheck.runner.compat.placements import (
     local_tensor,
     placement_from_text,
     placement_text,
+    spec_of,
     storage_id,
 )
 from attncheck.runner.compat.process import forget_compiled, process_state, quiet_exit
@@ -125,6 +126,7 @@ __all__ = [
     "sdpa_math",
     "simulated_group",
     "simulated_ranks",
+    "spec_of",
     "storage_id",
     "tree_flatten",
     "tree_leaves",

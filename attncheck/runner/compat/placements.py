@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+# Mesh, placements, shape, stride and dtype of a DTensor, as one hashable value.
+spec_of = attrgetter("_spec")
 
 
 def placement_text(placement: Placement) -> str:
