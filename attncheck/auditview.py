@@ -243,6 +243,9 @@ def _attention(
                 str(call.calls),
                 call.function if call.function != call.kernel_op else _short(call.kernel_op),
                 _sizes(call.sizes),
+                ", ".join(f"{name} {_value(value)}" for name, value in call.options.items())
+                if call.sizes
+                else "",
                 "; ".join(f"{t} {' '.join(texts)}" for t, texts in call.placements.items()),
                 _verdict(ran, statuses, directions) if ran else "not run",
             )
@@ -252,7 +255,7 @@ def _attention(
     return Section(
         "Attention calls",
         "each distinct one of a step, and what came of it with real numbers at a reduced size",
-        ("call", "module", "calls", "function", "sizes", "placements", "run"),
+        ("call", "module", "calls", "function", "sizes", "flags", "placements", "run"),
         tuple(rows),
         tuple(notes),
     )
@@ -499,6 +502,10 @@ def _short(op: str) -> str:
 
 def _placements(tensors: Sequence[Sequence[str]]) -> str:
     return ", ".join(" ".join(each) for each in tensors)
+
+
+def _value(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:

@@ -79,7 +79,7 @@ def audit(request: AuditRequest, log: scan.Log, on_progress: scan.Progress) -> R
         attention=tuple(each.call for each in planned),
         seconds=max(first.audit.seconds, last.audit.seconds),
         peak_mib=max(first.audit.peak_mib, last.audit.peak_mib),
-        notes=_notes(first),
+        notes=(*first.audit.notes, *_notes(first)),
     )
     report = _run(request, planned, path, log, on_progress)
     ids = {r.case.setting_name: [] for r in report.cases}  # type: dict[str, list[str]]

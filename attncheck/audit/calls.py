@@ -177,7 +177,7 @@ def _plan(name: str, seen: Seen, mesh: Mapping[str, int]) -> Planned:
     mask = by_name.get(kind.mask)
     tensors = dict(zip(kind.tensors, (q, k, v, mask), strict=True))
     given = {own: tensor for own, tensor in tensors.items() if tensor is not None}
-    sizes = _sizes(kind.layout, q, k)
+    sizes = _sizes(kind.layout, q, k) if len(q.shape) == len(k.shape) == len(kind.layout) else {}
     options = kind.options(flags)
     told = replace(
         told,
@@ -216,7 +216,7 @@ def _plan(name: str, seen: Seen, mesh: Mapping[str, int]) -> Planned:
     told = replace(
         told,
         options=options,
-        placements=told.placements | explicit,
+        placements={**told.placements, **explicit},
         operator=kind.operator,
         setting=name,
         note="; ".join(notes),
@@ -237,6 +237,8 @@ def _refusal(
         return "its tensors are ordinary ones (local_map, to_local): DTensor has no part in it"
     if not all(tensor.placements for tensor in (q, k, v)):
         return "some of q, k and v are ordinary tensors and some are DTensors, which no probe mixes"
+    if not sizes:
+        return f"q has {len(q.shape)} dims and k has {len(k.shape)}, where probes have 4"
     if v.shape[-1] != q.shape[-1]:
         return "q and v have different head_dims, which no probe calls"
     if sizes[HEADS] % sizes[KV_HEADS]:
@@ -347,7 +349,7 @@ def reduced_sizes(
     if sizes[SEQUENCE] == sizes[KV_SEQUENCE]:
         # One length: that of the side which is sharded.
         by, other = SEQUENCE, KV_SEQUENCE
-        if SEQUENCE not in roles:
+        if KV_SEQUENCE in roles and SEQUENCE not in roles:
             by, other = other, by
         if other not in roles or roles[by] == roles[other]:
             out[other] = out[by]

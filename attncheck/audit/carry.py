@@ -1,23 +1,22 @@
 """Going on past an op that DTensor refuses, on fake tensors: what would its results have been?
 
-Nothing is computed, so only shapes and placements matter. The op is run on the local fakes, as a strategy
-that takes each shard by itself would, and on global ones; where an output is smaller on a rank than as a
-whole, that says which mesh axis shards which of its dims. Where that cannot be, everything is taken as
-replicated.
+Nothing is computed, so only shapes and placements matter. The op is run on fakes of the whole tensors and,
+for each mesh axis that shards some of them, on what the first rank of that axis would hold, as a strategy
+that takes each shard by itself would: the dim of an output that is smaller then is the one which that axis
+shards. So all ranks come to the same. Where an output is not explained so, everything is taken as replicated.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from attncheck.runner import compat
 from attncheck.runner.compat import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from attncheck.runner.placements import local_shape, shard_dim
+from attncheck.runner.placements import chunk_bounds, local_shape, shard_dim
 
 
 def carry_on(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -25,24 +24,17 @@ def carry_on(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DTensor)]
     mesh = given[0].device_mesh
     originals: dict[int, DTensor] = {}
-    whole = _run(func, args, kwargs, _whole, originals)
-    shares: list[Any] | None = None
-    if all(_is_plainly_sharded(tensor) for tensor in given):
-        try:
-            shares = tree_leaves(_run(func, args, kwargs, compat.local_tensor, {}))
-        except Exception:  # this strategy is none: the op wants more than its own shards
-            shares = None
-    axes = sorted({at for tensor in given for at in _sharded_axes(tensor)})
-    wholes, spec = tree_flatten(whole)
-    if shares is None or len(shares) != len(wholes):
-        shares = [None] * len(wholes)
+    wholes, spec = tree_flatten(_run(func, args, kwargs, _whole, originals))
+    placements = _explained(func, args, kwargs, given, wholes)
     return tree_unflatten(
         [
             # What the op wrote into and returns is the caller's own tensor.
-            originals.get(id(value)) or _placed(value, share, mesh, axes)
+            originals[id(value)]
+            if id(value) in originals
+            else _placed(value, texts, mesh)
             if isinstance(value, torch.Tensor)
             else value
-            for value, share in zip(wholes, shares, strict=True)
+            for value, texts in zip(wholes, placements, strict=True)
         ],
         spec,
     )
@@ -81,41 +73,71 @@ def _whole(tensor: DTensor) -> torch.Tensor:
     )
 
 
-def _is_plainly_sharded(tensor: DTensor) -> bool:
-    texts = (compat.placement_text(p) for p in tensor.placements)
-    return all(text == "R" or shard_dim(text) is not None for text in texts)
+def _texts(tensor: DTensor) -> list[str]:
+    return [compat.placement_text(placement) for placement in tensor.placements]
 
 
-def _sharded_axes(tensor: DTensor) -> list[int]:
-    return [at for at, p in enumerate(tensor.placements) if compat.placement_text(p) != "R"]
+def _explained(
+    func: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    given: Sequence[DTensor],
+    wholes: Sequence[Any],
+) -> list[list[str]]:
+    """The placements of each output; of all of them replicated, where one is not explained."""
+    sizes = tuple(given[0].device_mesh.shape)
+    texts = [["R"] * len(sizes) for _ in wholes]
+    replicated = [[*each] for each in texts]
+    for axis, ranks in enumerate(sizes):
+        own = {_texts(tensor)[axis] for tensor in given if tensor.device_mesh.ndim > axis}
+        if own == {"R"}:
+            continue
+        if not all(text == "R" or shard_dim(text) is not None for text in own):
+            return replicated  # what an op makes of partial sums, nobody can say
+        try:
+            shares = tree_leaves(_run(func, args, kwargs, lambda t, at=axis: _share(t, at), {}))  # type: ignore[misc]
+        except Exception:  # this strategy is none: the op wants more than its own shards
+            return replicated
+        if len(shares) != len(wholes):
+            return replicated
+        for text, whole, share in zip(texts, wholes, shares, strict=True):
+            if isinstance(whole, torch.Tensor) and isinstance(share, torch.Tensor):
+                dim = _sharded_dim(tuple(whole.shape), tuple(share.shape), ranks)
+                if dim is None:
+                    return replicated
+                text[axis] = dim
+    return texts
 
 
-def _placed(
-    whole: torch.Tensor, share: torch.Tensor | None, mesh: Any, axes: Sequence[int]
-) -> DTensor:
-    texts = _explained(whole, share, mesh, axes) if share is not None else None
+def _share(tensor: DTensor, axis: int) -> torch.Tensor:
+    """What the first rank of an axis holds where no other axis shards anything."""
+    whole = _whole(tensor)
+    dim = shard_dim(_texts(tensor)[axis])
+    if dim is None:
+        return whole
+    _, rows = chunk_bounds(whole.shape[dim], tensor.device_mesh.size(axis), 0)
+    return whole.narrow(dim, 0, rows).clone(memory_format=torch.preserve_format)
+
+
+def _sharded_dim(whole: tuple[int, ...], share: tuple[int, ...], ranks: int) -> str | None:
+    """`S(dim)` of the one dim that is smaller by as much as ranks make it, `R` of none, else None."""
+    if len(whole) != len(share):
+        return None
+    smaller = [dim for dim, (a, b) in enumerate(zip(whole, share, strict=True)) if a != b]
+    if not smaller:
+        return "R"
+    explained = len(smaller) == 1 and share[smaller[0]] == -(-whole[smaller[0]] // ranks)
+    return f"S({smaller[0]})" if explained else None
+
+
+def _placed(whole: torch.Tensor, texts: Sequence[str], mesh: Any) -> DTensor:
+    shape = local_shape(whole.shape, texts, tuple(mesh.shape), mesh.get_coordinate())
+    order = sorted(range(whole.ndim), key=whole.stride, reverse=True)
     return DTensor.from_local(
-        whole if share is None or texts is None else share,
+        torch.empty_permuted(shape, order, dtype=whole.dtype, device=whole.device),
         mesh,
-        [compat.placement_from_text(text) for text in texts]
-        if texts
-        else [Replicate()] * mesh.ndim,
+        [compat.placement_from_text(text) for text in texts],
         run_check=False,
         shape=whole.shape,
         stride=whole.stride(),
     )
-
-
-def _explained(
-    whole: torch.Tensor, share: torch.Tensor, mesh: Any, axes: Sequence[int]
-) -> list[str] | None:
-    """Placements by which this rank's part of `whole` has the shape of `share`; None where none has."""
-    choices = [f"S({dim})" for dim in range(whole.ndim)] + ["R"]
-    for chosen in itertools.product(choices, repeat=len(axes)):
-        texts = ["R"] * mesh.ndim
-        for at, text in zip(axes, chosen, strict=True):
-            texts[at] = text
-        expected = local_shape(whole.shape, texts, tuple(mesh.shape), mesh.get_coordinate())
-        if expected == tuple(share.shape):
-            return texts
-    return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import resource
 import sys
@@ -25,19 +26,25 @@ from torch.distributed.tensor import DTensor, Replicate
 from attncheck.audit import guarding, target
 from attncheck.audit.asked import Answer, Pass
 from attncheck.audit.carry import carry_on
-from attncheck.audit.lines import line_of
+from attncheck.audit.folding import Folder
+from attncheck.audit.lines import line_through
 from attncheck.audit.put_in_place import put_in_place
 from attncheck.audit.recorder import Recorder, uneven
 from attncheck.audit.sdpa import AsOnCuda
 from attncheck.audit.seen import told
+from attncheck.audit.where import raised_in, unwrapped
 from attncheck.audited import Audit
 from attncheck.errors import UserError
 from attncheck.model import from_json, to_json
 from attncheck.runner import compat
 from attncheck.runner.compat import tree_leaves
+from attncheck.runner.compat.compiled import compiled_modules
 from attncheck.runner.compat.meshes import real_meshes
 
 _UNRESOLVED = re.compile(r"Parallelize plan key '([^']+)' could not be resolved")
+
+# Of fake tensors: `.item()` and the like, and shapes that values make (`nonzero`).
+_NO_VALUE = ("DataDependentOutputException", "DynamicOutputShapeException")
 
 
 def look(asked: Pass) -> Answer:
@@ -49,11 +56,18 @@ def look(asked: Pass) -> Answer:
     compat.simulated_group(ranks, asked.rank)
     mesh = init_device_mesh("cpu", tuple(asked.mesh.values()), mesh_dim_names=tuple(asked.mesh))
     guarding.limit_memory()
-    route = AsOnCuda()
     recorder = Recorder(carry_on)
+    route = AsOnCuda(recorder.attended)
     failure = ""
-    with compat.fake_mode(take_real=True), compat.convertible_modules(), real_meshes(), route:
-        model = _built(asked.target, build, mesh)
+    with (
+        compat.fake_mode(take_real=True),
+        compat.convertible_modules(),
+        compat.unsent_weights(),
+        real_meshes(),
+        route,
+    ):
+        with _counted_devices(ranks):
+            model = _built(asked.target, build, mesh)
         arguments, keywords = _given(asked.inputs, inputs, mesh)
         recorder.where.name(model)
         for name, parameter in model.named_parameters():
@@ -64,7 +78,9 @@ def look(asked: Pass) -> Answer:
             try:
                 _step(model, arguments, keywords)
             except Exception as error:
-                failure = _sentence(error, recorder)
+                failure = _why(error)
+                if module := raised_in(error):
+                    failure += f" (in {module})"
     facts = told(recorder.facts, recorder.where.paths.values())
     parameters = list(model.parameters())
     audit = Audit(
@@ -77,6 +93,7 @@ def look(asked: Pass) -> Answer:
         ops=facts.ops,
         communication=facts.communication,
         uneven=facts.uneven,
+        notes=tuple(_notes(model, recorder)),
         failure=failure,
         seconds=round(time.perf_counter() - began, 2),
         peak_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
@@ -157,6 +174,19 @@ def _given(name: str, inputs: Any, mesh: Any) -> tuple[tuple[Any, ...], dict[str
 
 
 @contextlib.contextmanager
+def _counted_devices(ranks: int) -> Iterator[None]:
+    """Code that takes its device from its rank and how many there are (diffusers' `enable_parallelism`: rank
+    modulo their number) finds one for each rank, where there is none."""
+    count = torch.accelerator.device_count
+    if not count():
+        torch.accelerator.device_count = lambda: ranks
+    try:
+        yield
+    finally:
+        torch.accelerator.device_count = count
+
+
+@contextlib.contextmanager
 def _eagerly() -> Iterator[None]:
     """torch.compile traces what runs here; what it makes of it, a GPU would have to say."""
     with torch.compiler.set_stance("force_eager"):
@@ -191,12 +221,17 @@ def gradient_like(out: torch.Tensor) -> torch.Tensor:
 
 def _why(error: BaseException) -> str:
     """What an exception says, at which line of the user's, and what an audit makes of it."""
-    line = line_of(error)
+    line = line_through(error)
     text = str(error).strip().split("\n", 1)[0] or type(error).__name__
     at = f" at {line}" if line else ""
     said = f"{type(error).__name__}{at}: {text}".rstrip(".")
     if isinstance(error, guarding.NetworkAsked):
         return f"{type(error).__name__}{at}: {text}; an audit needs no weights, make the model from its sizes"
+    if type(error).__name__ in _NO_VALUE:
+        return (
+            f"{said.partition(': ')[0]}: it depends on the values of a tensor ({text.rstrip('.')}), and fake "
+            "tensors have none"
+        )
     lowered = text.lower()
     if "cuda" in lowered and any(
         word in lowered for word in ("nvidia", "compiled", "driver", "gpu")
@@ -208,8 +243,15 @@ def _why(error: BaseException) -> str:
     return said
 
 
-def _sentence(error: BaseException, recorder: Recorder) -> str:
-    return _why(error)
+def _notes(model: torch.nn.Module, recorder: Recorder) -> Iterator[str]:
+    compiled = dict.fromkeys(map(unwrapped, compiled_modules(model)), 1)
+    if compiled:
+        folder = Folder(recorder.where.paths.values())
+        names = ", ".join(name or "the model" for name, _ in folder.fold(compiled))
+        yield (
+            f"torch.compile of {names}: run eagerly here, which is what is traced; what the compiler makes of "
+            "it is not seen."
+        )
 
 
 def _described(arguments: Any, keywords: Any) -> str:
@@ -230,6 +272,8 @@ def _local_bytes(parameter: torch.Tensor) -> int:
 
 def main() -> None:
     asked_file, answer_file = (Path(name) for name in sys.argv[1:])
+    # The same on a machine that has a GPU: what picks one for itself (`init_device_mesh`) finds none.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
     asked = from_json(Pass, json.loads(asked_file.read_text(encoding="utf-8")), "pass")
     put_in_place(asked.path, asked.probe_files, asked.fixes)
     try:

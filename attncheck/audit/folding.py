@@ -44,9 +44,10 @@ class Folder:
                 alike[name] = alike.get(name, 0) + 1
         found = {}
         for parts in map(_parts, self._paths):
-            name = next((name for name in _starred_once(parts) if alike[name] > 1), None)
-            if name is not None:
-                found[".".join(map(_text, name))] = alike[name]
+            for name in _starred_once(parts):
+                if alike[name] > 1:
+                    found[".".join(map(_text, name))] = alike[name]
+                    break
         return found
 
     def fold(self, counts: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -129,9 +130,9 @@ def _merged(groups: Mapping[Parts, int], at: int) -> dict[Parts, int]:
 
 
 def _fits(path: Parts, parts: Parts, but: int) -> bool:
-    """Whether `parts`, of which some may be `*` by now, tell this path of the same kind, but for one place."""
+    """Whether `parts`, some of them `*` by now, tell this path of the same kind, but for one place."""
     return all(
-        at == but or isinstance(own, str) or numbers == "*" or own <= numbers
+        at == but or isinstance(own, str) or isinstance(numbers, str) or own <= numbers
         for at, (own, numbers) in enumerate(zip(path, parts, strict=True))
     )
 

@@ -1,4 +1,7 @@
-"""Which line of the user's code: neither torch's nor ours nor an installed package's. Torch-free."""
+"""Which line of the user's code: neither torch's nor ours nor an installed package's. Torch-free.
+
+Of a model that a package ships there is none: then which line of that package.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import sys
 import sysconfig
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 _OURS = str(Path(__file__).resolve().parents[1])
@@ -39,3 +43,46 @@ def line_of(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if is_users(f.filename)]
     return lines[-1] if lines else ""
+
+
+def line_here() -> str:
+    """The user's line that runs, or where there is none, `transformers/models/llama/modeling_llama.py:12`: the
+    innermost of the outermost package. '' where there is neither."""
+    frames: list[tuple[str, int]] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        frames.insert(0, (frame.f_code.co_filename, frame.f_lineno))
+        frame = frame.f_back  # type: ignore[assignment]
+    users = [f"{Path(file).name}:{line}" for file, line in frames if is_users(file)]
+    return users[-1] if users else _packages_line(frames)
+
+
+def line_through(error: BaseException) -> str:
+    """The same, of where an exception came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return line_of(error) or _packages_line([(f.filename, f.lineno or 0) for f in frames])
+
+
+def _packages_line(frames: Sequence[tuple[str, int]]) -> str:
+    """`frames`: the innermost last."""
+    owned = [(owner, file, line) for file, line in frames if (owner := _package(file))]
+    lines = [(file, line) for owner, file, line in owned if owner == owned[0][0]]
+    if not lines:
+        return ""
+    file, line = lines[-1]
+    return f"{_in_packages(file).as_posix()}:{line}"
+
+
+def _package(file: str) -> str:
+    """The installed package that a file is of; '' for torch and attncheck, and for all that is none."""
+    within = _in_packages(file)
+    return "" if file.startswith(_OURS) or within.parts[:1] in ((), ("torch",)) else within.parts[0]
+
+
+def _in_packages(file: str) -> Path:
+    """Its path in the folder of installed packages; empty where it is in none."""
+    for name in ("purelib", "platlib"):
+        folder = os.path.join(sysconfig.get_path(name), "")
+        if file.startswith(folder):
+            return Path(file[len(folder) :])
+    return Path()

@@ -30,6 +30,8 @@ from attncheck.runner import compat
 
 # A dispatch mode in Python costs a third of a step of small ops; two of ten steps leave that under a tenth.
 STEPS = 10
+# Stands for a module's path in what an optimizer does to the weights.
+OPTIMIZER = "(optimizer)"
 Write = Callable[[Report], None]
 
 
@@ -52,10 +54,16 @@ class Observation:
         self._began = time.perf_counter()
 
     def __enter__(self) -> Observation:
-        from torch.optim.optimizer import register_optimizer_step_post_hook
+        from torch.optim.optimizer import (
+            register_optimizer_step_post_hook,
+            register_optimizer_step_pre_hook,
+        )
 
-        hook = register_optimizer_step_post_hook(lambda *_: self.step())
-        self._around.callback(hook.remove)
+        for hook in (
+            register_optimizer_step_pre_hook(lambda *_: self._updating(OPTIMIZER)),
+            register_optimizer_step_post_hook(lambda *_: self._updated()),
+        ):
+            self._around.callback(hook.remove)
         self._around.callback(self._terminable())
         self._record()
         return self
@@ -85,6 +93,13 @@ class Observation:
             self._pause()
         if self.done == self.steps - 1:
             self._record()
+
+    def _updating(self, who: str) -> None:
+        self.recorder.where.outside = who
+
+    def _updated(self) -> None:
+        self._updating("")
+        self.step()
 
     def _record(self) -> None:
         self.recorder.on = True

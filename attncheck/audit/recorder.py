@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from attncheck.audit.lines import user_line
+from attncheck.audit.lines import line_here
 from attncheck.audit.seen import (
     BACKWARD,
     FORWARD,
@@ -127,7 +127,7 @@ class Recorder:
             ops[path] = ops.get(path, 0) + 1
             attention = None
             if not backward:
-                self.facts.lines.setdefault(((name, FORWARD), path), user_line())
+                self.facts.lines.setdefault(((name, FORWARD), path), line_here())
                 if attention_ops.looks_like(name, compat.schema_of(func)):
                     attention = Attention(name, *_arguments(func, args, kwargs, self._text))
                     self._attended(attention, path)
@@ -157,9 +157,11 @@ class Recorder:
             call = Attention(compat.op_name(func), *_arguments(func, args, kwargs, self._text))
             self._attended(call, self.where.path(False))
 
-    def attended(self, op: str, tensors: tuple[Argument, ...], flags: str) -> None:
+    def attended(self, op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """An attention call that is no op of its own by the time that this mode sees it."""
-        self._attended(Attention(op, tensors, flags), self.where.path(False))
+        func = compat.find_overload(op)
+        call = Attention(op, *_arguments(func, args, kwargs, self._text))
+        self._attended(call, self.where.path(False))
 
     def _attended(self, call: Attention, path: str) -> None:
         by_path = self.facts.attention.setdefault(call, {})
@@ -188,7 +190,7 @@ class Recorder:
         by_path = self.facts.ops.setdefault(kind, {})
         by_path[path] = by_path.get(path, 0) + 1
         if not backward:
-            self.facts.lines.setdefault(((op, FORWARD), path), user_line())
+            self.facts.lines.setdefault(((op, FORWARD), path), line_here())
             if attention_ops.looks_like(name, compat.schema_of(func)):
                 self._attended(Attention(name, *_arguments(func, args, kwargs, self._text)), path)
         if self.carry is None:
@@ -236,7 +238,7 @@ class Recorder:
         sent = ring_bytes(name, sum(t.numel() * t.element_size() for t in operands), ranks)
         self._own.append((kind, 1, sent))
         if not backward:
-            self.facts.lines.setdefault((kind, path), user_line())
+            self.facts.lines.setdefault((kind, path), line_here())
         self._add_traffic(kind, path, 1, sent)
 
     def _add_traffic(self, kind: Traffic, path: str, count: int, size: int) -> None:
@@ -313,9 +315,14 @@ def _arguments(
     tensors, flags = [], {}
     for name, value in (*zip(names, args, strict=False), *kwargs.items()):
         if isinstance(value, torch.Tensor):
-            placements = text(value.placements) if isinstance(value, DTensor) else ()
+            placements: Texts = ()
+            axes: Texts = ()
+            if isinstance(value, DTensor):
+                placements = text(value.placements)
+                axes = tuple(value.device_mesh.mesh_dim_names or ())
             shape = tuple(int(size) for size in value.shape)
-            tensors.append(Argument(name, shape, str(value.dtype).rpartition(".")[2], placements))
+            dtype = str(value.dtype).rpartition(".")[2]
+            tensors.append(Argument(name, shape, dtype, placements, axes))
         elif value is None or isinstance(value, (bool, int, float, str)):
             flags[name] = value if value == value else "nan"
     return tuple(tensors), json.dumps(flags)

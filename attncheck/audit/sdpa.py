@@ -18,13 +18,18 @@ from torch.overrides import TorchFunctionMode
 
 from attncheck.runner import compat
 
+FLASH, EFFICIENT, MATH = "flash", "efficient", "math"
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
 
 class AsOnCuda(TorchFunctionMode):
-    """`chosen` counts which of the kernels stood for the calls."""
+    """`chosen` counts which of the kernels stood for the calls. `attended(op, args, kwargs)` is told of those
+    that are no op of their own any more where a dispatch mode sees them."""
 
-    def __init__(self) -> None:
+    def __init__(self, attended: Callable[[str, Sequence[Any], Mapping[str, Any]], None]) -> None:
         super().__init__()
         self.chosen: dict[str, int] = {}
+        self._attended = attended
 
     def __torch_function__(
         self,
@@ -37,6 +42,10 @@ class AsOnCuda(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         kernel, out = attention(*args, **kwargs)
+        if kernel == MATH:
+            # The op takes the same arguments, in an order of its own behind the mask.
+            given = dict(zip(_NAMES, args, strict=False)) | dict(kwargs)
+            self._attended("aten._scaled_dot_product_attention_math.default", (), given)
         self.chosen[kernel] = self.chosen.get(kernel, 0) + 1
         return out
 
@@ -60,17 +69,17 @@ def attention(
         scale = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
         q, k, v = (_padded(each) for each in (query, key, value))
         out = compat.sdpa_flash(q, k, v, dropout_p, is_causal, scale)
-        return "flash", out[..., : value.shape[-1]]
+        return FLASH, out[..., : value.shape[-1]]
     takes_mask = attn_mask is None or not is_causal
     if query.ndim == 4 and not grouped and takes_mask and enabled.mem_efficient_sdp_enabled():
         bias = _bias(attn_mask, query, key)
         needs = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         out = compat.sdpa_efficient(query, key, value, bias, needs, dropout_p, is_causal, scale)
-        return "efficient", out
+        return EFFICIENT, out
     if not enabled.math_sdp_enabled():
         raise RuntimeError("No available kernel. Aborting execution.")  # as F does
     out = compat.sdpa_math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return "math", out
+    return MATH, out
 
 
 def _padded(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,28 @@ from attncheck.runner import compat
 # What wrappers put into a path, and no user wrote.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 
+_RAISED_IN = "_attncheck_raised_in"
+
+
+def unwrapped(path: str) -> str:
+    """A path as the user has it.
+
+    >>> unwrapped("_orig_mod.blocks.0._checkpoint_wrapped_module.norm")
+    'blocks.0.norm'
+    """
+    return _WRAPPERS.sub("", path).strip(".")
+
+
+def raised_in(error: BaseException) -> str:
+    """The innermost module that an exception, or what it was raised from, came out of while it was watched;
+    '' where none is known."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if path := getattr(cause, _RAISED_IN, ""):
+            return str(path)
+        cause = cause.__cause__ or cause.__context__
+    return ""
+
 
 class Where:
     """Follows the modules of a process while `watching`. `paths` are those that were seen, by module."""
@@ -27,6 +50,7 @@ class Where:
     def __init__(self) -> None:
         self.paths: dict[int, str] = {}
         self.models: list[torch.nn.Module] = []
+        self.outside = ""  # what runs where no module does
         self.outermost = 0  # calls of a module that no other called
         self.on_return: Callable[[], None] | None = None  # at the end of each of them
         self._modules: list[torch.nn.Module] = []  # an id means something only as long as it lives
@@ -40,7 +64,7 @@ class Where:
         """Takes the paths of a model's modules from it."""
         self.models.append(model)
         for path, module in model.named_modules():
-            self._take(module, _WRAPPERS.sub("", f"{prefix}{path}").strip("."))
+            self._take(module, unwrapped(f"{prefix}{path}"))
 
     def _take(self, module: torch.nn.Module, path: str) -> None:
         if id(module) not in self.paths:
@@ -74,7 +98,7 @@ class Where:
         if self._stack:
             return self._stack[-1]
         if not backward:
-            return ""
+            return self.outside
         number = compat.node_number()
         if number is None:
             return ""
@@ -96,7 +120,10 @@ class Where:
 
     def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if self._watching and self._stack:
-            self._stack.pop()
+            path = self._stack.pop()
+            error = sys.exc_info()[1]  # this hook runs where the module raises, too
+            if error is not None and not hasattr(error, _RAISED_IN):
+                setattr(error, _RAISED_IN, path)  # keeping the error would keep its tensors
             self._mark()
             if not self._stack and self.on_return is not None and not compat.in_backward():
                 self.on_return()

@@ -16,6 +16,7 @@ from attncheck.runner.compat.communication import (
     group_size,
     no_communication,
     rendezvous_store,
+    unsent_weights,
     watch_alltoall,
 )
 from attncheck.runner.compat.context_parallel import (
@@ -132,6 +133,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
+    "unsent_weights",
     "unsimulated",
     "unwatched_propagation",
     "watch_alltoall",

@@ -18,6 +18,7 @@ __all__ = [
     "group_size",
     "no_communication",
     "rendezvous_store",
+    "unsent_weights",
     "watch_alltoall",
 ]
 
@@ -74,6 +75,32 @@ def watch_alltoall(
     finally:
         for owner in owners:
             setattr(owner, "shard_dim_alltoall", original)
+
+
+@contextlib.contextmanager
+def unsent_weights() -> Iterator[None]:
+    """In here `distribute_tensor` and its like send nothing: of fake tensors there is nothing to send.
+
+    Up to 2.9 the ops under it (`c10d.scatter_`) have no fake implementation. The two functions are imported
+    by name into the modules that call them.
+    """
+    import importlib
+
+    names = ("_collective_utils", "placement_types", "_api")
+    modules = [importlib.import_module(f"torch.distributed.tensor.{name}") for name in names]
+    patched = [
+        (module, name, getattr(module, name))
+        for module in modules
+        for name in ("mesh_scatter", "mesh_broadcast")
+        if hasattr(module, name)
+    ]
+    for module, name, _ in patched:
+        setattr(module, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for module, name, original in patched:
+            setattr(module, name, original)
 
 
 class Communicates(Exception):
