@@ -101,11 +101,12 @@ def _headline(audit: Audit, statuses: Mapping[str, Status]) -> Iterable[str]:
     ran = [call for call in audit.attention if call.cases]
     if ran:
         wrong = [call for call in bad if call.cases]
-        told = f"{len(wrong)} of {count(len(ran), 'distinct attention call')}"
         if wrong:
-            yield f"With real numbers, at a reduced size, {told} do not work."
+            fail = "fails" if len(wrong) == 1 else "fail"
+            calls = f"{len(wrong)} of {count(len(ran), 'distinct attention call')} {fail}"
         else:
-            yield f"With real numbers, at a reduced size, {count(len(ran), 'distinct attention call')} work."
+            calls = f"{count(len(ran), 'distinct attention call')} {'works' if len(ran) == 1 else 'work'}"
+        yield f"With real numbers, at a reduced size, {calls}."
     own = [each for each in audit.communication if not each.asked]
     if own:
         first_own = max(own, key=lambda each: each.bytes)
