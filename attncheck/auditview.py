@@ -21,7 +21,7 @@ WHY = {
     "error": "raised",
 }
 ROWS = 12  # of a table, where not everything is asked for
-WORDS = 200
+WORDS, RAISED = 200, 110  # characters of a sentence, and of one in a table
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _refused(audit: Audit) -> Section | None:
             str(op.calls),
             _placements(op.inputs),
             f"{WHY.get(op.problem, op.problem)}"
-            + (f": {one_line(op.message, WORDS)}" if op.problem == "error" else ""),
+            + (f": {one_line(op.message, RAISED)}" if op.problem == "error" else ""),
             op.line,
         )
         for op in audit.ops

@@ -36,7 +36,8 @@ def test_a_pass_over_wan_14b() -> None:
     print(
         f"WAN 14B, 40 layers, 32,760 tokens, tp=8, forward and backward on fake tensors: built in "
         f"{made['built']:.1f} s of CPU, first step {made['first']:.1f} s, then {made['bare']:.1f} s; watched "
-        f"{made['watched']:.1f} s, {made['watched'] / made['bare']:.2f} times as much; {made['peak_mib']:.0f} MiB"
+        f"{made['watched']:.1f} s, {made['watched'] / made['bare']:.2f} times as much; "
+        f"{made['peak_mib']:.0f} MiB"
     )
     assert made["peak_mib"] < LAPTOP_MIB
     assert made["watched"] < PASS * made["bare"]
