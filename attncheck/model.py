@@ -129,6 +129,9 @@ UNJUDGED = ("ATN505", "ATN506")
 # The fact of a case on which real processes and simulated ranks disagree.
 ENGINES_DISAGREE = "engines_disagree"
 
+# The probe of the case that is a whole model; its setting is how it was looked at.
+MODEL = "model"
+
 # Stands for setting, placement and direction in the entry of what no case could be planned of: a probe
 # file that does not load, an op that nobody knows how to call.
 UNPLANNED = "-"

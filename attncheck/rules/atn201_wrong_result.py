@@ -53,7 +53,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             group,
             f"{group.subject} gives a wrong result in {group.cases}",
             message=values.details(group, results, _is_wrong, lambda name: not is_gradient(name)),
-            remedies=[*remedies.working(group, results), values.report_it(group.subject)],
+            remedies=[*remedies.working(group, results), values.report_it(group)],
         )
 
 

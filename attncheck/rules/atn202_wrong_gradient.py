@@ -50,7 +50,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             group,
             f"{group.subject} gives wrong gradients in {group.cases}",
             message=values.details(group, results, _is_wrong, is_gradient),
-            remedies=[*remedies.working(group, results), values.report_it(group.subject)],
+            remedies=[*remedies.working(group, results), values.report_it(group)],
         )
 
 

@@ -40,7 +40,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             group,
             f"{group.subject} leaves different values on ranks that should agree in {group.cases}",
             message=values.details(group, results, _is_differing),
-            remedies=[*remedies.working(group, results), values.report_it(group.subject)],
+            remedies=[*remedies.working(group, results), values.report_it(group)],
         )
 
 

@@ -42,7 +42,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             group,
             f"{group.subject} returns shapes that contradict their placements in {group.cases}",
             message=values.details(group, results, _is_shape),
-            remedies=[*remedies.working(group, results), values.report_it(group.subject)],
+            remedies=[*remedies.working(group, results), values.report_it(group)],
         )
 
 

@@ -49,7 +49,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             remedies=[
                 *_empty_shards(group),
                 *remedies.working(group, results),
-                values.report_it(group.subject),
+                values.report_it(group),
             ],
         )
 

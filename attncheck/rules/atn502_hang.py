@@ -39,7 +39,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             group,
             f"{group.subject} does not come back in {group.cases}",
             message=[*extent(group, results), *texts[:2], *rank_lines(group.results)],
-            remedies=[*remedies.working(group, results), values.report_it(group.subject)],
+            remedies=[*remedies.working(group, results), values.report_it(group)],
         )
 
 

@@ -42,7 +42,7 @@ def judge(results: Sequence[CaseResult]) -> Iterator[Finding]:
             remedies=[
                 *remedies.working(group, results),
                 _explicit(group),
-                values.report_it(group.subject),
+                values.report_it(group),
             ],
         )
 

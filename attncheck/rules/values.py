@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from attncheck.model import DIAGNOSES, CaseResult, ErrorStat, Fact, Remedy, Spread
+from attncheck.model import DIAGNOSES, MODEL, CaseResult, ErrorStat, Fact, Remedy, Spread
 from attncheck.rules.base import (
     Group,
     extent,
@@ -116,9 +116,15 @@ def _spread_sentence(spread: Spread) -> str:
     return f"{many}, beyond it in {spread.beyond}: {_NATURES.get(spread.nature, spread.nature)}."
 
 
-def report_it(what: str) -> Remedy:
+def report_it(group: Group) -> Remedy:
+    """To whom: an operator has maintainers, a model is the user's own."""
+    if group.results and all(result.case.probe == MODEL for result in group.results):
+        return Remedy(
+            "report",
+            "Mend the model or its plan where the likely cause says, and audit it again with `--numeric`.",
+        )
     return Remedy(
         "report",
-        f"Report {what} to its maintainers with this finding and one of its case ids, which says "
+        f"Report {group.subject} to its maintainers with this finding and one of its case ids, which says "
         "how to run it again.",
     )
