@@ -132,7 +132,8 @@ class Numeric:
     """The parallel model with real numbers on real ranks, against the unsharded one with the same weights.
 
     `reference`: how the unsharded one was made. `compared`: how many outputs and gradients were compared.
-    `failure`: why it came to no end, empty where it did.
+    `failure`: why it came to no end, empty where it did. `notes`: what was done otherwise than users would,
+    in sentences.
     """
 
     ranks: int
@@ -141,6 +142,7 @@ class Numeric:
     unequal: tuple[Unequal, ...] = ()
     uncompared: tuple[Uncompared, ...] = ()
     failure: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

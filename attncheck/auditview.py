@@ -10,7 +10,15 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from attncheck.audited import FAKE, PRESET, AttentionCall, Audit, ModuleCommunication, Numeric
+from attncheck.audited import (
+    FAKE,
+    OBSERVED,
+    PRESET,
+    AttentionCall,
+    Audit,
+    ModuleCommunication,
+    Numeric,
+)
 from attncheck.model import CaseResult, Status, worst
 from attncheck.text import clean, clean_tree, count, listing, one_line, size
 
@@ -63,7 +71,7 @@ def build(audit: Audit, cases: Sequence[CaseResult], command: str = "") -> Audit
     return AuditView(
         headline=tuple(_headline(audit, statuses)),
         sections=tuple(section for section in sections if section is not None),
-        steps=tuple(_steps(audit, clean(command), statuses)),
+        steps=tuple(_steps(audit, clean(command))),
     )
 
 
@@ -92,21 +100,28 @@ def _headline(audit: Audit, statuses: Mapping[str, Status]) -> Iterable[str]:
         where = next((each.module for each in unequal if each.module), "")
         yield (
             f"{audit.target} on {mesh} is not equal to the unsharded model"
-            f"{f', from {where} on' if where else ''}: {count(len(unequal), 'tensor')} differ."
+            f"{f', from {where} on' if where else ''}: {count(len(unequal), 'tensor')} "
+            f"{'differs' if len(unequal) == 1 else 'differ'}."
         )
     else:
         yield f"{audit.target} on {mesh} goes through: DTensor refuses none of its ops."
+    if audit.numeric is not None and audit.numeric.failure:
+        what = "Against the unsharded model it came to no end"
+        if not audit.numeric.reference:  # it did not begin
+            what = "It was not held against the unsharded model"
+        yield f"{what}: {_sentence(audit.numeric.failure)}"
     yield _passed(audit)
-    bad = [call for call in audit.attention if not _works(call, statuses)]
-    ran = [call for call in audit.attention if call.cases]
+    ran = [call for call in audit.attention if _ran(call, statuses)]
     if ran:
-        wrong = [call for call in bad if call.cases]
+        wrong = [call for call in ran if not _works(call, statuses)]
         if wrong:
             fail = "fails" if len(wrong) == 1 else "fail"
             calls = f"{len(wrong)} of {count(len(ran), 'distinct attention call')} {fail}"
         else:
             calls = f"{count(len(ran), 'distinct attention call')} {'works' if len(ran) == 1 else 'work'}"
-        yield f"With real numbers, at a reduced size, {calls}."
+        others = len(audit.attention) - len(ran)
+        more = f"; {count(others, 'other')} could not be run" if others else ""
+        yield f"With real numbers, at a reduced size, {calls}{more}."
     own = [each for each in audit.communication if not each.asked]
     if own:
         first_own = max(own, key=lambda each: each.bytes)
@@ -124,7 +139,7 @@ def _preset(audit: Audit, statuses: Mapping[str, Status]) -> Iterable[str]:
     """Of a known model: who can run its calls."""
     operators: dict[str, list[AttentionCall]] = {}
     for call in audit.attention:
-        if any(case in statuses and statuses[case].ran for case in call.cases):
+        if _ran(call, statuses):
             operators.setdefault(call.operator, []).append(call)
     working = [name for name, own in operators.items() if all(_works(c, statuses) for c in own)]
     on = f"{audit.target} on {_mesh(audit.mesh)}"
@@ -180,21 +195,34 @@ def _fits(audit: Audit) -> Section | None:
 
 
 def _passed(audit: Audit) -> str:
-    layers = max(audit.layers.values(), default=0)
+    layers = _layers(audit.layers)
     told = [f"{count(layers, 'layer')}"] if layers > 1 else []
     if audit.parameters:
         told.append(f"{_number(audit.parameters)} parameters, {size(audit.parameter_bytes)} a rank")
     if audit.inputs:
         told.append(f"inputs {one_line(audit.inputs, WORDS)}")
-    what = "; ".join(told)
+    what = f": {'; '.join(told)}" if told else ""
     if audit.kind == FAKE:
         cost = f" ({audit.seconds:.1f} s, {audit.peak_mib:.0f} MiB)" if audit.seconds else ""
-        return f"One pass on fake tensors, forward and backward{cost}: {what}."
-    return f"{count(audit.steps, 'step')} of the real run: {what}."
+        return f"One pass on fake tensors, forward and backward{cost}{what}."
+    return f"{count(audit.steps, 'step')} of the real run{what}."
+
+
+def _ran(call: AttentionCall, statuses: Mapping[str, Status]) -> list[Status]:
+    """What came of the cases of a call that ran."""
+    return [statuses[case] for case in call.cases if case in statuses and statuses[case].ran]
+
+
+def _layers(layers: Mapping[str, int]) -> int:
+    """How many there are of what a model has most of: of the modules with a number, those that hold most."""
+    numbered = [name for name in layers if name.endswith("*")]
+    held = {name: sum(other.startswith(f"{name}.") for other in layers) for name in numbered}
+    return max(((held[name], layers[name]) for name in numbered), default=(0, 0))[1]
 
 
 def _works(call: AttentionCall, statuses: Mapping[str, Status]) -> bool:
-    return all(statuses[case].usable for case in call.cases if case in statuses)
+    """Of a call that ran."""
+    return all(status.usable for status in _ran(call, statuses))
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -217,10 +245,11 @@ def _refused(audit: Audit) -> Section | None:
     )
     if not rows:
         return None
+    went_on = "" if audit.failure else "; the pass went on past each"
     return Section(
         "Refused",
         count(sum(op.calls for op in audit.ops if op.problem), "call")
-        + ("; the pass went on past each" if audit.kind == FAKE else "; the first ends the run"),
+        + (went_on if audit.kind == FAKE else "; the first ends the run"),
         ("module", "kernel op", "phase", "calls", "placements", "why", "line"),
         rows,
     )
@@ -233,6 +262,13 @@ def _attention(
         return None
     if audit.kind == PRESET:
         return _by_operator(audit, statuses, directions)
+    # Beside a real job nothing is run.
+    not_run = "" if audit.kind == OBSERVED else "not run"
+    came = (
+        ""
+        if audit.kind == OBSERVED
+        else ", and what came of it with real numbers at a reduced size"
+    )
     rows, notes = [], []
     for call in audit.attention:
         ran = [case for case in call.cases if case in statuses]
@@ -244,18 +280,18 @@ def _attention(
                 str(call.calls),
                 call.function if call.function != call.kernel_op else _short(call.kernel_op),
                 _sizes(call.sizes),
-                ", ".join(f"{name} {_value(value)}" for name, value in call.options.items())
+                ", ".join(f"{flag} {_value(value)}" for flag, value in call.options.items())
                 if call.sizes
                 else "",
                 "; ".join(f"{t} {' '.join(texts)}" for t, texts in call.placements.items()),
-                _verdict(ran, statuses, directions) if ran else "not run",
+                _verdict(ran, statuses, directions) if ran else not_run,
             )
         )
         if call.note:
             notes.append(f"{name if call.setting else _short(call.kernel_op)}: {call.note}.")
     return Section(
         "Attention calls",
-        "each distinct one of a step, and what came of it with real numbers at a reduced size",
+        f"each distinct one of a step{came}",
         ("call", "module", "calls", "function", "sizes", "flags", "placements", "run"),
         tuple(rows),
         tuple(notes),
@@ -384,22 +420,26 @@ def _numeric(numeric: Numeric | None) -> Section | None:
         notes.insert(0, f"It came to no end: {numeric.failure}.")
     if not numeric.unequal and not numeric.failure:
         notes.insert(0, f"Equal: {count(numeric.compared, 'output and gradient')} compared.")
-    return Section(
-        "Equal or not",
-        f"the parallel model with real numbers against {about}",
-        ("in", "tensor", "first module", "error", "bound", "likely cause"),
-        tuple(
+    rows, last = [], ""
+    for each in numeric.unequal:
+        cause = each.cause or "not known"
+        rows.append(
             (
                 each.mode,
                 each.subject,
                 each.module or "-",
                 f"{each.error:.2g}",
                 f"{each.bound:.2g}",
-                each.cause or "not known",
+                cause if cause != last else "the same",
             )
-            for each in numeric.unequal
-        ),
-        tuple(notes),
+        )
+        last = cause
+    return Section(
+        "Equal or not",
+        f"the parallel model with real numbers against {about}",
+        ("in", "tensor", "first module", "error", "bound", "likely cause"),
+        tuple(rows),
+        (*notes, *numeric.notes),
     )
 
 
@@ -430,55 +470,81 @@ def _ops(audit: Audit) -> Section | None:
 # --- how to go on --------------------------------------------------------------------------------
 
 
-def _steps(audit: Audit, command: str, statuses: Mapping[str, Status]) -> Iterable[tuple[str, str]]:
-    target = shlex.quote(audit.target)
-    mesh = ",".join(f"{axis}={ranks}" for axis, ranks in audit.mesh.items())
-    own = f"attncheck audit {target} --mesh {mesh}"
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        words = []
-    with_ = [f"--with {shlex.quote(b)}" for a, b in itertools.pairwise(words) if a == "--with"]
-    own = " ".join([own, *with_])
+def _steps(audit: Audit, command: str) -> Iterable[tuple[str, str]]:
+    mesh = _on_mesh(audit.mesh)
+    given = _options(command)
+    brings = [each for name, each in given if name in BRINGING]
+    fixes = [each for name, each in given if name == "--fix"]
+    known = "the same with the strategies that attncheck knows"
     if audit.kind == PRESET:
-        own = f"attncheck audit --model {target} " + " ".join(
-            f"--{axis} {ranks}" for axis, ranks in audit.mesh.items()
-        )
-        if not with_:
-            yield f"{own} --with flash-attn", "with flash-attn's Python on CPU stand-ins"
-        if "--fix" not in words:
-            yield " ".join([own, *with_, "--fix known"]), "with the strategies that attncheck knows"
-        yield f"attncheck audit BUILD --mesh {mesh}", "the model itself: BUILD(mesh) returns it"
+        axes = [f"{shlex.quote(f'--{axis}')} {ranks}" for axis, ranks in audit.mesh.items()]
+        own = _line("attncheck audit --model", shlex.quote(audit.target), *axes)
+        if not any(name == "--with" for name, _ in given):
+            purpose = "with flash-attn's Python on CPU stand-ins"
+            yield _line(own, *brings, "--with flash-attn"), purpose
+        if not fixes:
+            yield _line(own, *brings, "--fix known"), known
+        yield _line("attncheck audit BUILD", mesh), "the model itself: BUILD(mesh) returns it"
         return
     refused = [op for op in audit.ops if op.problem in ("strategy", "propagation")]
     if audit.kind != FAKE:
         # What was run is no build function: an audit of the model by itself needs one.
-        own = " ".join([f"attncheck audit BUILD --mesh {mesh}", *with_])
+        own = _line("attncheck audit BUILD", mesh, *brings)
         yield (
             own,
-            "BUILD(mesh) returns the model: every op that is refused, and not the first alone",
+            "BUILD(mesh) returns the model: every op that is refused, not the first",
         )
         if refused:
-            yield f"{own} --fix known", "the same with the strategies that attncheck knows"
+            yield _line(own, "--fix known"), known
         return
-    if refused and "--fix" not in words:
-        yield f"{own} --fix known", "the same with the strategies that attncheck knows"
+    own = _line("attncheck audit", shlex.quote(audit.target), mesh, *brings)
+    if refused and not fixes:
+        yield _line(own, "--fix known"), known
+        with_ = [each for name, each in given if name == "--with"]
+        ops = f"--kernel-op {shlex.quote(_namespace(refused[0].op))}"
         yield (
-            f"attncheck fix {' '.join(with_)} --kernel-op {shlex.quote(_namespace(refused[0].op))} --write "
-            "attncheck_fixes.py".replace("  ", " "),
-            "a module that registers them, once it is verified; import it before the model is built",
+            _line("attncheck fix", *with_, ops, "--write attncheck_fixes.py"),
+            "a module that registers them, verified; import it before the model",
         )
     if audit.numeric is None and not refused:
+        small = _on_mesh({axis: min(2, ranks) for axis, ranks in audit.mesh.items()})
         yield (
-            f"attncheck audit SMALL_BUILD --mesh {_small(audit.mesh)} --numeric",
+            _line("attncheck audit SMALL_BUILD", small, "--numeric"),
             "is the parallel model equal to the unsharded one, forward and backward?",
         )
-    yield f"{own} -v", "every kernel op with its placements, by module"
-    yield f"{own} --output json:report.json", "everything, for CI or other formats"
+    yield _line(own, *fixes, "-v"), "every kernel op with its placements, by module"
+    yield (
+        _line(own, *fixes, "--output json:report.json"),
+        "everything, for CI or other formats",
+    )
 
 
-def _small(mesh: Mapping[str, int]) -> str:
-    return ",".join(f"{axis}={min(2, ranks)}" for axis, ranks in mesh.items())
+# Options of an audit without which its model, or what it calls, is not there.
+BRINGING = ("--inputs", "--with", "--probe", "--device")
+
+
+def _options(command: str) -> list[tuple[str, str]]:
+    """(name, the option as it is given again) for each option with a value of a command line.
+
+    >>> _options("attncheck audit m:build --with=flash-attn --inputs m:small -v")
+    [('--with', '--with flash-attn'), ('--inputs', '--inputs m:small')]
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return []
+    parts = [word.split("=", 1) if word.startswith("--") else [word] for word in words]
+    pairs = itertools.pairwise(itertools.chain.from_iterable(parts))
+    wanted = {*BRINGING, "--fix"}
+    return [(name, f"{name} {shlex.quote(value)}") for name, value in pairs if name in wanted]
+
+
+def _line(*parts: str) -> str:
+    return " ".join(parts)
+
+
+def _on_mesh(mesh: Mapping[str, int]) -> str:
+    return f"--mesh {shlex.quote(','.join(f'{axis}={ranks}' for axis, ranks in mesh.items()))}"
 
 
 def _namespace(op: str) -> str:
@@ -516,5 +582,5 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 def _number(number: int) -> str:
     for unit, factor in (("B", 10**9), ("M", 10**6)):
         if number >= factor:
-            return f"{number / factor:.3g} {unit}"
+            return f"{number / factor:.4g} {unit}"
     return str(number)

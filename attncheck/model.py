@@ -474,7 +474,7 @@ class Report:
 
     @property
     def inconclusive(self) -> bool:
-        """Too little ran to call it clean: less than half, no check of which failed; of a known model nothing.
+        """Too little ran to call it clean: less than half, a check failed, or nothing of a known model.
 
         How much of a shard ran is chance: that is for the joined report to say.
         """

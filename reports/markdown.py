@@ -153,7 +153,7 @@ def _audit(view: View, options: RenderOptions, detail: Detail) -> Iterable[str]:
                 tuple(prose(one_line(cell, detail.words)) for cell in row)
                 for row in section.rows[: detail.rows]
             )
-            yield table(section.columns, cells)
+            yield table([prose(name) for name in section.columns], cells)
         yield from _more(len(section.rows) - detail.rows, "row")
         for note in section.notes[: detail.rows]:
             yield prose(one_line(note, detail.words))

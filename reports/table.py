@@ -48,7 +48,7 @@ CODE_LINES, CODE_WIDTH = 20, 400  # of a remedy's code, without -v
 DETAIL_LINES, DETAIL_WIDTH = 3, 320  # of a finding's message, without -v
 # Findings shown in full without -v; characters of their first remedy, and of how many others.
 FULL, REMEDY_WIDTH, OTHERS, OTHER_WIDTH = 12, 240, 2, 150
-NARROWEST, OTHERS_SAID = 10, 6  # of an audit: characters of a column, notes without -v
+NARROWEST, OTHERS_SAID = 4, 6  # of an audit: characters of a column, notes without -v
 GROUPS, OTHER_GROUPS = 12, 4  # of a comparison, without -v: cases that got worse, and others
 # What of the environment is shown without -v.
 BRIEF = ("attncheck", "packages", "python", "device", "mesh", "seed", "hash seeds", "stand-ins")
@@ -154,7 +154,11 @@ class Page:
             yield from self.section(section)
 
     def section(self, section: Section) -> Iterable[Line]:
-        yield _heading(section.title, section.about)
+        if len(section.title) + len(section.about) + 3 <= self.width:
+            yield _heading(section.title, section.about)
+        else:
+            yield _heading(section.title, "")
+            yield from self.text("  ", section.about, "dim")
         limit = len(section.rows) if self.options.verbose else auditview.ROWS
         for number, line in enumerate(self.columned(section.columns, section.rows[:limit])):
             yield (("  ", ""), (line, "bold" if number == 0 else ""))
@@ -169,9 +173,10 @@ class Page:
             return []
         from tabulate import tabulate
 
-        kept = [at for at in range(len(names)) if any(row[at] for row in rows)]
+        cells = [[" ".join(cell.split()) for cell in row] for row in rows]
+        kept = [at for at in range(len(names)) if any(row[at] for row in cells)]
         header = [names[at] for at in kept]
-        body = [[row[at] for at in kept] for row in rows]
+        body = [[row[at] for at in kept] for row in cells]
         columns = [*zip(header, *body, strict=True)]
         widths = [max(len(cell) for cell in column) for column in columns]
         words = [max(len(word) for cell in column for word in cell.split()) for column in columns]
@@ -181,7 +186,9 @@ class Page:
             loose = [w if w > least else 0 for w, least in zip(widths, words, strict=True)]
             widest = loose if any(loose) else widths
             widths[widest.index(max(widest))] -= 1
-        text = tabulate(body, header, tablefmt="plain", maxcolwidths=widths, disable_numparse=True)
+        # As a row of its own: a header of tabulate's is neither wrapped nor as narrow as its column.
+        table = [header, *body]
+        text = tabulate(table, tablefmt="plain", maxcolwidths=widths, disable_numparse=True)
         return text.splitlines()
 
     def comparison(self, comparison: ComparisonView) -> Iterable[Line]:

@@ -14,15 +14,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from attncheck import environment, plugins, rules
-from attncheck.audit import calls, target
+from attncheck.audit import calls, comparing, target
 from attncheck.audit.asked import Answer, Pass
-from attncheck.audited import Audit, ModuleOp, RankDifference
+from attncheck.audited import Audit, ModuleOp, Numeric, RankDifference
 from attncheck.children import END_WITH_PARENT
 from attncheck.errors import UserError
 from attncheck.model import (
+    MODEL,
     Case,
     CaseResult,
     Collective,
+    Fact,
     KernelOp,
     MissingOp,
     Outcome,
@@ -36,8 +38,7 @@ from attncheck.plan import Selection
 from attncheck.probing import EXPLICIT
 from attncheck.runner import scan
 
-# The probe of the case that is the whole model; its setting is the kind of the audit.
-MODEL = "model"
+NUMERIC = "numeric"
 TIMEOUT_SECONDS = 900.0
 _STATUSES = {
     "strategy": Status.MISSING_STRATEGY,
@@ -49,12 +50,14 @@ _STATUSES = {
 @dataclass(frozen=True)
 class AuditRequest:
     """`target` and `inputs` name functions of the user's; `mesh` is the model's own, of any size. `scan` says
-    how the attention calls are run: its selection, meshes and settings are the audit's own."""
+    how the attention calls are run: its selection, meshes and settings are the audit's own. `numeric`: hold
+    the parallel model with real numbers against the unsharded one."""
 
     target: str
     mesh: Mapping[str, int]
     inputs: str = ""
     timeout: float = TIMEOUT_SECONDS
+    numeric: bool = False
     scan: scan.ScanRequest = field(default_factory=scan.ScanRequest)
 
 
@@ -89,7 +92,9 @@ def audit(request: AuditRequest, log: scan.Log, on_progress: scan.Progress) -> R
         replace(call, cases=tuple(ids.get(call.setting, ()))) for call in audit.attention
     )
     audit = replace(audit, attention=attention)
-    results = (*model_case(audit), *report.cases)
+    if request.numeric:
+        audit = replace(audit, numeric=_numeric(request, inputs, path, audit, log))
+    results = (*model_case(audit), *numeric_case(audit), *report.cases)
     findings = rules.judge(
         results, select=request.scan.select_rules, ignore=request.scan.ignore_rules
     )
@@ -207,6 +212,33 @@ def _notes(answer: Answer) -> tuple[str, ...]:
     )
 
 
+def _numeric(
+    request: AuditRequest, inputs: str, path: tuple[str, ...], audit: Audit, log: scan.Log
+) -> Numeric:
+    ranks = math.prod(request.mesh.values())
+    if any(op.problem for op in audit.ops):
+        why = "not run: what DTensor refuses in the pass would end it"
+        return Numeric(ranks, "", failure=why)
+    log(f"running {request.target} with real numbers on {ranks} ranks, and unsharded")
+    probes = plugins.load_probes([Path(file) for file in request.scan.probe_files])
+    asked = comparing.Comparing(
+        target=request.target,
+        inputs=inputs,
+        mesh=request.mesh,
+        device=request.scan.device,
+        seed=request.scan.seed or 0,
+        path=path,
+        fixes=tuple(str(Path(file).resolve()) for file in request.scan.fixes),
+        probe_files=tuple(str(file) for file in probes.files),
+        parameters=audit.parameters,
+    )
+    numeric = comparing.compare(asked, request.timeout)
+    if audit.notes and request.scan.device == "cpu":
+        told = "F.scaled_dot_product_attention ran on CPU kernels of attncheck's, as those ops"
+        numeric = replace(numeric, notes=(*numeric.notes, f"{told}."))
+    return numeric
+
+
 # --- its attention calls -------------------------------------------------------------------------
 
 
@@ -276,6 +308,46 @@ def model_case(audit: Audit) -> tuple[CaseResult, ...]:
         collectives=tuple(_collectives(audit)),
     )
     return (CaseResult(case, outcome),)
+
+
+def numeric_case(audit: Audit) -> tuple[CaseResult, ...]:
+    """The model with real numbers as a case: right, wrong, or with what ended it."""
+    numeric = audit.numeric
+    if numeric is None or not numeric.reference:
+        return ()
+    case = Case(
+        id=case_id(MODEL, audit.target, NUMERIC, "dtensor", audit.mesh, "plan", "backward"),
+        probe=MODEL,
+        operator=audit.target,
+        route="dtensor",
+        setting={"name": NUMERIC},
+        mesh=audit.mesh,
+        placement="plan",
+        placements={},
+        direction="backward",
+        function=audit.target,
+    )
+    if numeric.failure:
+        return (CaseResult(case, Outcome(Status.ERROR, message=numeric.failure)),)
+    facts = tuple(
+        Fact(
+            "wrong_result" if each.subject.startswith("output") else "wrong_gradient",
+            each.subject,
+            "; ".join(
+                part
+                for part in (
+                    f"in {each.mode} off by {each.error:.2g}, where {each.bound:.2g} is rounding",
+                    f"first in {each.module}" if each.module else "",
+                    each.cause,
+                )
+                if part
+            ),
+        )
+        for each in numeric.unequal
+    )
+    status = Status.WRONG if facts else Status.SUPPORTED
+    message = next((each.cause for each in numeric.unequal if each.cause), "")
+    return (CaseResult(case, Outcome(status, message=message, facts=facts)),)
 
 
 def _kernel_ops(audit: Audit) -> list[KernelOp]:

@@ -39,6 +39,7 @@ from attncheck.model import from_json, to_json
 from attncheck.runner import compat
 from attncheck.runner.compat import tree_leaves
 from attncheck.runner.compat.compiled import compiled_modules
+from attncheck.runner.compat.fake_collectives import fake_collectives
 from attncheck.runner.compat.meshes import real_meshes
 
 _UNRESOLVED = re.compile(r"Parallelize plan key '([^']+)' could not be resolved")
@@ -50,12 +51,13 @@ _NO_VALUE = ("DataDependentOutputException", "DynamicOutputShapeException")
 def look(asked: Pass) -> Answer:
     """Raises UserError for what is wrong with the user's code, in one sentence with the line of it."""
     began = time.perf_counter()
+    guarding.limit_memory()
     build = _named(asked.target, "the build function")
     inputs = _named(asked.inputs, "--inputs")
     ranks = math.prod(asked.mesh.values())
     compat.simulated_group(ranks, asked.rank)
+    fake_collectives()
     mesh = init_device_mesh("cpu", tuple(asked.mesh.values()), mesh_dim_names=tuple(asked.mesh))
-    guarding.limit_memory()
     recorder = Recorder(carry_on)
     route = AsOnCuda(recorder.attended)
     failure = ""
@@ -249,8 +251,8 @@ def _notes(model: torch.nn.Module, recorder: Recorder) -> Iterator[str]:
         folder = Folder(recorder.where.paths.values())
         names = ", ".join(name or "the model" for name, _ in folder.fold(compiled))
         yield (
-            f"torch.compile of {names}: run eagerly here, which is what is traced; what the compiler makes of "
-            "it is not seen."
+            f"torch.compile of {names}: run eagerly here, which is what is traced; what the compiler makes "
+            "of it is not seen."
         )
 
 
@@ -275,8 +277,8 @@ def main() -> None:
     # The same on a machine that has a GPU: what picks one for itself (`init_device_mesh`) finds none.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
     asked = from_json(Pass, json.loads(asked_file.read_text(encoding="utf-8")), "pass")
-    put_in_place(asked.path, asked.probe_files, asked.fixes)
     try:
+        put_in_place(asked.path, asked.probe_files, asked.fixes)
         answer = look(asked)
     except UserError as error:
         answer = Answer(error=str(error))

@@ -5,6 +5,7 @@ Of a model that a package ships there is none: then which line of that package.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import sysconfig
@@ -17,6 +18,7 @@ _INSTALLED = [
     os.path.join(folder, "")
     for folder in (_OURS, *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 ]
+_PACKAGES = ("site-packages", "dist-packages")
 
 
 def add_installed(folder: str) -> None:
@@ -25,7 +27,7 @@ def add_installed(folder: str) -> None:
 
 
 def is_users(file: str) -> bool:
-    return not file.startswith(("<", *_INSTALLED))
+    return not file.startswith(("<", *_INSTALLED)) and not _in_packages(file).parts
 
 
 def user_line() -> str:
@@ -46,15 +48,16 @@ def line_of(error: BaseException) -> str:
 
 
 def line_here() -> str:
-    """The user's line that runs, or where there is none, `transformers/models/llama/modeling_llama.py:12`: the
-    innermost of the outermost package. '' where there is neither."""
+    """The user's line that runs, or where there is none, `transformers/models/llama/modeling_llama.py:12`:
+    the innermost of the outermost package. '' where there is neither."""
+    if users := user_line():
+        return users
     frames: list[tuple[str, int]] = []
     frame = sys._getframe(1)
     while frame is not None:
-        frames.insert(0, (frame.f_code.co_filename, frame.f_lineno))
+        frames.append((frame.f_code.co_filename, frame.f_lineno))
         frame = frame.f_back  # type: ignore[assignment]
-    users = [f"{Path(file).name}:{line}" for file, line in frames if is_users(file)]
-    return users[-1] if users else _packages_line(frames)
+    return _packages_line(frames[::-1])
 
 
 def line_through(error: BaseException) -> str:
@@ -79,10 +82,9 @@ def _package(file: str) -> str:
     return "" if file.startswith(_OURS) or within.parts[:1] in ((), ("torch",)) else within.parts[0]
 
 
+@functools.cache
 def _in_packages(file: str) -> Path:
-    """Its path in the folder of installed packages; empty where it is in none."""
-    for name in ("purelib", "platlib"):
-        folder = os.path.join(sysconfig.get_path(name), "")
-        if file.startswith(folder):
-            return Path(file[len(folder) :])
-    return Path()
+    """Its path in a folder of installed packages, a user's own too; empty where it is in none."""
+    parts = Path(file).parts
+    at = max((at for at, part in enumerate(parts) if part in _PACKAGES), default=len(parts))
+    return Path(*parts[at + 1 :])

@@ -85,9 +85,13 @@ class Recorder:
 
     def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """An op that takes a DTensor."""
-        if func in self._quiet:
-            return func(*args, **kwargs)
         backward = compat.in_backward()
+        if func in self._quiet:
+            try:
+                return func(*args, **kwargs)
+            except Exception as error:  # up to 2.9 `aten.alias` has no strategy
+                path, name = self.where.path(backward), compat.op_name(func)
+                return self._failed(func, name, path, backward, args, kwargs, error)
         key = _key(func, backward, args, kwargs)
         known = self._known.get(key) if key is not None else None
         path = self.where.path(backward)
@@ -112,7 +116,7 @@ class Recorder:
         name = compat.op_name(func)
         if name in ALIASES:
             self._quiet.add(func)
-            return func(*args, **kwargs)
+            return self.call(func, args, kwargs)
         above, self._op = self._op, name
         before, self._own = self._own, []
         try:
@@ -127,7 +131,7 @@ class Recorder:
             ops[path] = ops.get(path, 0) + 1
             attention = None
             if not backward:
-                self.facts.lines.setdefault(((name, FORWARD), path), line_here())
+                self.facts.lines.setdefault((kind, path), line_here())
                 if attention_ops.looks_like(name, compat.schema_of(func)):
                     attention = Attention(name, *_arguments(func, args, kwargs, self._text))
                     self._attended(attention, path)
@@ -190,7 +194,7 @@ class Recorder:
         by_path = self.facts.ops.setdefault(kind, {})
         by_path[path] = by_path.get(path, 0) + 1
         if not backward:
-            self.facts.lines.setdefault(((op, FORWARD), path), line_here())
+            self.facts.lines.setdefault((kind, path), line_here())
             if attention_ops.looks_like(name, compat.schema_of(func)):
                 self._attended(Attention(name, *_arguments(func, args, kwargs, self._text)), path)
         if self.carry is None:
@@ -283,7 +287,7 @@ def _add_parts(values: Sequence[Any], parts: list[Any]) -> None:
             # Its placements, mesh, shape, stride and dtype; the hash is kept by the spec, equality is not.
             parts.append(hash(compat.spec_of(value)))
         elif isinstance(value, torch.Tensor):
-            parts.append(value.shape)
+            parts.append((value.shape, value.dtype))
         elif isinstance(value, (list, tuple)):
             parts.append(len(value))
             _add_parts(value, parts)

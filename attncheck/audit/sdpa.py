@@ -1,9 +1,10 @@
 """`F.scaled_dot_product_attention` as a GPU would run it: by the op that CUDA would choose.
 
 On a CPU it is another op, for which DTensor searches a decomposition, and under fake tensors that search does
-not end. What is chosen here follows sdp_utils.cpp of torch 2.13: flash in half precision without a mask,
-efficient with one or in float32, and math where neither takes the call, each only if it is enabled
-(`torch.nn.attention.sdpa_kernel`).
+not end. What is chosen here follows sdp_utils.cpp of torch 2.13 on A100 and its like: flash in half precision
+without a mask, efficient with one or in float32, and math where neither takes the call, each only if it is
+enabled (`torch.nn.attention.sdpa_kernel`); cuDNN where it is all that is left. (On H100 and B200, with one
+newer than 9.15, it comes first.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from attncheck.runner import compat
 
-FLASH, EFFICIENT, MATH = "flash", "efficient", "math"
+FLASH, EFFICIENT, MATH, CUDNN = "flash", "efficient", "math", "cudnn"
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -60,26 +61,43 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[str, torch.Tensor]:
-    """(`flash`, `efficient` or `math`; the output): (batch, heads, sequence, head_dim) each."""
+    """(which kernel, the output): (batch, heads, sequence, head_dim) each."""
     enabled: Any = torch.backends.cuda
-    grouped = query.shape[-3] != key.shape[-3]
     half = query.dtype in (torch.float16, torch.bfloat16)
-    fits = query.ndim == 4 and query.shape[-1] == value.shape[-1] <= 256
-    if fits and half and attn_mask is None and enabled.flash_sdp_enabled():
+    one_dtype = query.dtype == key.dtype == value.dtype
+    # No fused kernel broadcasts.
+    fused = one_dtype and query.ndim == 4 and query.shape[0] == key.shape[0] == value.shape[0]
+    same_heads = query.shape[-3:-2] == key.shape[-3:-2]
+    # Flash aligns a causal mask to the last query, F to the first.
+    square = not is_causal or query.shape[-2] == key.shape[-2]
+    wide = query.shape[-1] == value.shape[-1] <= 256
+    takes_mask = attn_mask is None or not is_causal
+    needs = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    grouped = fused and half and (same_heads or enable_gqa)
+    if grouped and wide and square and attn_mask is None and enabled.flash_sdp_enabled():
         scale = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
         q, k, v = (_padded(each) for each in (query, key, value))
         out = compat.sdpa_flash(q, k, v, dropout_p, is_causal, scale)
-        return FLASH, out[..., : value.shape[-1]]
-    takes_mask = attn_mask is None or not is_causal
-    if query.ndim == 4 and not grouped and takes_mask and enabled.mem_efficient_sdp_enabled():
-        bias = _bias(attn_mask, query, key)
-        needs = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        # A slice that takes all would be an op, too (`aten.alias`, of which up to 2.9 DTensor knows nothing).
+        return FLASH, out if q is query else out[..., : value.shape[-1]]
+    mask = _added(attn_mask, query.dtype)
+    # What its matrix multiplications need; F pads for flash alone.
+    parts = 8 if half else 4
+    aligned = query.shape[-1] % parts == value.shape[-1] % parts == 0
+    single = half or query.dtype == torch.float32
+    efficient = fused and single and same_heads and aligned and takes_mask
+    if efficient and enabled.mem_efficient_sdp_enabled():
+        bias = _expanded(mask, query, key)
         out = compat.sdpa_efficient(query, key, value, bias, needs, dropout_p, is_causal, scale)
         return EFFICIENT, out
-    if not enabled.math_sdp_enabled():
-        raise RuntimeError("No available kernel. Aborting execution.")  # as F does
-    out = compat.sdpa_math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return MATH, out
+    if enabled.math_sdp_enabled():
+        out = compat.sdpa_math(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
+        return MATH, out
+    if grouped and aligned and takes_mask and enabled.cudnn_sdp_enabled():
+        bias = _expanded(mask, query, key)
+        out = compat.sdpa_cudnn(query, key, value, bias, needs, dropout_p, is_causal, scale)
+        return CUDNN, out
+    raise RuntimeError("No available kernel. Aborting execution.")  # as F does
 
 
 def _padded(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,9 +106,16 @@ def _padded(tensor: torch.Tensor) -> torch.Tensor:
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 
-def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+def _added(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A mask as it is added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, 0.0, float("-inf")).to(dtype)
+
+
+def _expanded(
+    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor | None:
     if mask is None:
         return None
-    if mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, float("-inf")).to(query.dtype)
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])

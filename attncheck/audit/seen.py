@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from attncheck.audit.folding import Folder, starred
 from attncheck.audited import ModuleCommunication, ModuleOp, UnevenShard
@@ -75,13 +74,14 @@ class Attention:
 
 @dataclass
 class Facts:
-    """Counts by module path: of ops; of collectives, with bytes; of attention calls."""
+    """Counts by module path: of ops; of collectives, with bytes; of attention calls. `lines`: where a kind of
+    call was first met in a module."""
 
     ops: dict[Op, dict[str, int]] = field(default_factory=dict)
     traffic: dict[Traffic, dict[str, list[int]]] = field(default_factory=dict)
     attention: dict[Attention, dict[str, int]] = field(default_factory=dict)
     uneven: dict[Uneven, None] = field(default_factory=dict)
-    lines: dict[Any, str] = field(default_factory=dict)
+    lines: dict[tuple[Op | Traffic, str], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _ops(facts: Facts, folder: Folder, steps: int) -> Iterable[ModuleOp]:
                 _a_step(calls, steps),
                 kind.problem,
                 kind.message,
-                _line(facts, (kind.op, kind.phase), by_path),
+                _line(facts, kind, by_path),
             )
 
 
@@ -160,7 +160,7 @@ def _communication(facts: Facts, folder: Folder, steps: int) -> Iterable[ModuleC
             )
 
 
-def _line(facts: Facts, kind: Any, by_path: Iterable[str]) -> str:
+def _line(facts: Facts, kind: Op | Traffic, by_path: Iterable[str]) -> str:
     lines = (facts.lines.get((kind, path)) for path in by_path)
     return next((line for line in lines if line), "")
 

@@ -46,8 +46,13 @@ def load(text: str, option: str) -> Callable[..., Any]:
             raise
     found = getattr(module, function, None)
     if found is None:
-        functions = [n for n, value in vars(module).items() if callable(value)]
-        raise unknown(f"function in {module_name}", function, functions)
+        own = {name: value for name, value in vars(module).items() if callable(value)}
+        made = [
+            name
+            for name, value in own.items()
+            if getattr(value, "__module__", "") == module.__name__
+        ]
+        raise unknown(f"function in {module_name}", function, made or own)
     if not callable(found):
         raise UserError(f"{option} {text!r} is a {type(found).__name__}, expected a function.")
     return found  # type: ignore[no-any-return]

@@ -40,6 +40,12 @@ if TYPE_CHECKING:
     help="inputs(mesh) -> a tuple or dict of tensors (default: `inputs` beside BUILD).",
 )
 @click.option(
+    "--numeric",
+    is_flag=True,
+    help="Also: is the parallel model equal to build(None), with real numbers on real ranks, forward and "
+    "backward? Give it a build of reduced size.",
+)
+@click.option(
     "--model",
     metavar="NAME",
     help="Instead of a build function, a model that attncheck knows, e.g. wan2.1-t2v-14b (`attncheck list "
@@ -141,6 +147,7 @@ def run_audit(options: dict[str, Any]) -> Report:
             target=options["build"][0],
             mesh=parse_mesh(mesh),
             inputs=options["inputs"] or "",
+            numeric=options["numeric"],
             scan=scan_request(options),
         )
         return run(request, log, show)

@@ -193,6 +193,12 @@ if (byId("grid")) {
   pressable(document.querySelectorAll("#change-counts li"), filter.changes, (item) => item.dataset.change);
   byId("grid").addEventListener("keydown", moveInMatrix);
   redraw();
+} else if (byId("summary") && report.cases.length) {
+  // Cases that no matrix shows: a model's attention calls.
+  const all = el("button", { type: "button", class: "quiet", id: "list" },
+    report.cases.length === 1 ? "List the case" : `List ${counted(report.cases.length, "case")}`);
+  all.addEventListener("click", () => openPanel("All cases", report.cases));
+  byId("summary").append(all);
 }
 const casesOf = new Map(); // by the number of a finding
 for (const item of report.cases) {

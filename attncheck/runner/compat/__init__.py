@@ -7,7 +7,7 @@ may touch a private name of torch, but for what must stand alone (tests/versions
 
 from __future__ import annotations
 
-from attncheck.runner.compat.attention import sdpa_efficient, sdpa_flash, sdpa_math
+from attncheck.runner.compat.attention import sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math
 from attncheck.runner.compat.autograd import in_backward, next_number, node_number
 from attncheck.runner.compat.communication import (
     WAITS,
@@ -122,6 +122,7 @@ __all__ = [
     "route_higher_order_ops",
     "schema_of",
     "schema_op_name",
+    "sdpa_cudnn",
     "sdpa_efficient",
     "sdpa_flash",
     "sdpa_math",

@@ -34,6 +34,22 @@ def sdpa_efficient(
     )[0]
 
 
+def sdpa_cudnn(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    needs_gradient: bool,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Any:
+    """As `sdpa_efficient`."""
+    return _aten._scaled_dot_product_cudnn_attention(
+        query, key, value, bias, needs_gradient, dropout_p, is_causal, False, scale=scale
+    )[0]
+
+
 def sdpa_math(
     query: Any,
     key: Any,
@@ -44,6 +60,7 @@ def sdpa_math(
     scale: float | None,
     enable_gqa: bool,
 ) -> Any:
+    """`mask` is added to the scores, whatever its dtype."""
     return _aten._scaled_dot_product_attention_math(
         query, key, value, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
