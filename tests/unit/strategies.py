@@ -166,6 +166,7 @@ def audits(finite: bool = True) -> st.SearchStrategy[Audit]:
         tuples(st.builds(Unequal, TEXT, TEXT, modules, number, number, TEXT), 2),
         tuples(st.builds(Uncompared, TEXT, TEXT), 2),
         TEXT,
+        tuples(TEXT, 1),
     )
     return st.builds(
         Audit,

@@ -830,7 +830,6 @@ LASTING: tuple[Lasting, ...] = (
             (
                 Stubs(("_get_sequence_nr",), "_C/_autograd.pyi"),
                 Stubs(("_current_autograd_node",)),
-                Defines("autograd/graph.py", ("Node._sequence_nr",)),
                 Defines("autograd/__init__.py", ("_get_sequence_nr",)),
             )
         ),
@@ -871,13 +870,38 @@ LASTING: tuple[Lasting, ...] = (
                     "meta__scaled_dot_product_efficient_attention",
                     ("query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p"),
                 ),
+                Defines("_meta_registrations.py", ("meta__scaled_dot_product_cudnn_attention",)),
                 Stubs(("_scaled_dot_product_attention_math",), "_C/_VariableFunctions.pyi"),
             )
         ),
         names=(
+            "_scaled_dot_product_cudnn_attention",
             "_scaled_dot_product_flash_attention",
             "_scaled_dot_product_efficient_attention",
             "_scaled_dot_product_attention_math",
         ),
+    ),
+    Lasting(
+        "runner.compat.compiled.compiled_modules",
+        "what torch.compile leaves in a module",
+        Both(
+            (
+                Reads("_dynamo/eval_frame.py", "OptimizedModule", "_orig_mod"),
+                Defines("nn/modules/module.py", ("Module._compiled_call_impl",)),
+            )
+        ),
+        names=("_orig_mod", "_compiled_call_impl"),
+    ),
+    Lasting(
+        "runner.compat.fake_collectives.fake_collectives",
+        "fake collectives in a module of their own",
+        Exists("distributed/_tools/fake_collectives.py"),
+        names=("_tools",),
+        since="2.7",
+    ),
+    Lasting(
+        "runner.compat.meshes.real_meshes",
+        "what steps out of a fake mode",
+        Defines("_subclasses/fake_tensor.py", ("unset_fake_temporarily",)),
     ),
 )

@@ -6,8 +6,8 @@ import http.client
 import socket
 import subprocess
 import sys
-import threading
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,9 @@ from attncheck.audit.guarding import NetworkAsked, no_network
 
 
 @pytest.fixture
-def server() -> tuple[str, int]:
+def server() -> Iterator[tuple[str, int]]:
     """Somebody who would answer."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        threading.Thread(target=lambda: listening.accept()[0].close(), daemon=True).start()
         yield listening.getsockname()
 
 

@@ -90,7 +90,10 @@ def test_an_explanation_leaves_nearly_nothing() -> None:
     assert not explains(wrong, REFERENCE, verdict, MESH)
 
 
-def test_rounding_is_explained_by_nothing() -> None:
-    """Anything would leave less than its bound."""
-    near = plain(*[REFERENCE.float()] * 2)
-    assert not explains(near, REFERENCE, Verdict(error=2e-6, bound=1e-6), MESH)
+def test_where_rounding_is_large_an_explanation_must_be_much_nearer() -> None:
+    """Within the bound is anything, where the error is hardly more."""
+    held = plain(*[torch.full((4,), 2e-6)] * 2)
+    verdict = Verdict(error=2e-6, bound=1e-6)
+    assert not explains(held, torch.full((4,), 1.2e-6), verdict, MESH)
+    assert explains(held, torch.full((4,), 1.8e-6), verdict, MESH)
+    assert not explains(held, torch.full((4,), 2e-6), Verdict(error=9e-7, bound=1e-6), MESH)

@@ -10,7 +10,7 @@ import torch
 from fake_group import fake_mesh, placed, texts_of
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.experimental import local_map
 
 from attncheck.audit.carry import carry_on
@@ -309,13 +309,13 @@ def test_bytes_of_a_redistribution(before: str, after: str, name: str, sent: int
 
 
 def test_what_the_model_itself_communicates() -> None:
-    import torch.distributed as dist
+    from torch.distributed._functional_collectives import all_reduce
 
-    def reduce(x: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(x)
-        return x
+    with fake_mesh({"tp": 4}) as mesh:
 
-    with fake_mesh({"tp": 4}):
+        def reduce(x: torch.Tensor) -> torch.Tensor:
+            return all_reduce(x, "sum", mesh)
+
         said = record(nn.Sequential(Calls(reduce)), torch.empty(8, 8))
     (traffic,) = said.communication
     assert (traffic.module, traffic.name, traffic.bytes) == ("0", "all_reduce", 2 * 3 * 256 // 4)
@@ -327,7 +327,6 @@ def test_weights_that_are_placed_are_no_step() -> None:
     """Before the model is called for the first time."""
     recorder = Recorder(carry_on)
     with fake_mesh({"tp": 4}) as mesh, recorder.recording():
-        distribute_tensor(torch.empty(8, 8), mesh, [Shard(0)])
         x = placed((8, 8), ["S(0)"], mesh)
         x.redistribute(placements=[Replicate()])
         assert recorder.facts.traffic == {}

@@ -141,7 +141,7 @@ def test_without_asking_for_groups_heads_broadcast() -> None:
     q, k, v = tensors(kv_heads=1)
     kernel, out = route(q, k, v)
     assert kernel == MATH
-    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), atol=2e-2, rtol=2e-2)
     with pytest.raises(RuntimeError, match="must match the size"):
         route(*tensors(kv_heads=2))
 
