@@ -12,13 +12,14 @@ from attncheck.audited import Audit
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass, as one `rank` of the `mesh` sees it. `path`: folders of provisioned packages; `fixes`: files
-    that register strategies first; `probe_files`: whose operators' packages and stand-ins are put in
-    place."""
+    """One pass, as one `rank` of the `mesh` sees it. `default_inputs`: nobody named `inputs`. `path`: folders
+    of provisioned packages; `fixes`: files that register strategies first; `probe_files`: whose operators'
+    packages and stand-ins are put in place."""
 
     target: str
     inputs: str
     mesh: Mapping[str, int]
+    default_inputs: bool = False
     rank: int = 0
     path: tuple[str, ...] = ()
     fixes: tuple[str, ...] = ()

@@ -113,6 +113,7 @@ def _look(
         Pass(
             target=request.target,
             inputs=inputs,
+            default_inputs=not request.inputs,
             mesh=request.mesh,
             rank=rank,
             path=path,
@@ -174,27 +175,34 @@ def _answer(child: _Child, request: AuditRequest) -> Answer:
 
 
 def _differences(first: Audit, last: Audit) -> tuple[RankDifference, ...]:
-    """What the two ranks did differently; placements are compared, shapes may differ."""
+    """What the two ranks did differently: ops, their placements, collectives. Shapes and bytes may differ."""
     out = []
     if first.failure != last.failure:
         out.append(
             RankDifference("", first.failure or "goes through", last.failure or "goes through")
         )
-    ours, theirs = _by_module(first.ops), _by_module(last.ops)
+    ours, theirs = _by_module(first), _by_module(last)
     for module in dict.fromkeys((*ours, *theirs)):
         one, other = ours.get(module, {}), theirs.get(module, {})
         if one != other:
-            told = _told(one, other), _told(other, one)
-            out.append(RankDifference(module, *told))
+            out.append(RankDifference(module, _told(one, other), _told(other, one)))
     return tuple(out)
 
 
-def _by_module(ops: Sequence[ModuleOp]) -> dict[str, dict[str, int]]:
+def _by_module(audit: Audit) -> dict[str, dict[str, int]]:
+    """How often each op with its placements, and each collective, in each module."""
     out: dict[str, dict[str, int]] = {}
-    for op in ops:
-        counts = out.setdefault(op.module, {})
-        name = f"{op.op} {op.problem}".strip()
-        counts[name] = counts.get(name, 0) + op.calls
+
+    def add(module: str, name: str, calls: int) -> None:
+        counts = out.setdefault(module, {})
+        counts[name] = counts.get(name, 0) + calls
+
+    for op in audit.ops:
+        placements = ", ".join(" ".join(texts) for texts in op.inputs)
+        add(op.module, f"{op.op} [{placements}] {op.problem}".strip(), op.calls)
+    for each in audit.communication:
+        reason = f" for {each.kernel_op}" if each.kernel_op else ""
+        add(each.module, f"{each.name} in {each.phase}{reason}", each.calls)
     return out
 
 
@@ -301,13 +309,18 @@ def model_case(audit: Audit) -> tuple[CaseResult, ...]:
     message = first.message if first else audit.failure
     outcome = Outcome(
         status,
-        message=f"{message} (in {first.module}, at {first.line})" if first else message,
+        message=f"{message}{_place(first)}" if first else message,
         kernel_op=first.op if first else "",
         kernel_ops=tuple(_kernel_ops(audit)),
         missing_ops=tuple(_missing(refused)),
         collectives=tuple(_collectives(audit)),
     )
     return (CaseResult(case, outcome),)
+
+
+def _place(op: ModuleOp) -> str:
+    places = [f"in {op.module}"] * bool(op.module) + [f"at {op.line}"] * bool(op.line)
+    return f" ({', '.join(places)})" if places else ""
 
 
 def numeric_case(audit: Audit) -> tuple[CaseResult, ...]:

@@ -53,7 +53,15 @@ def look(asked: Pass) -> Answer:
     began = time.perf_counter()
     guarding.limit_memory()
     build = _named(asked.target, "the build function")
-    inputs = _named(asked.inputs, "--inputs")
+    try:
+        inputs = _named(asked.inputs, "--inputs")
+    except UserError:
+        if not asked.default_inputs:
+            raise
+        raise UserError(
+            f"{asked.target}: what is the model called with? Write inputs(mesh) beside it, or name a "
+            "function with --inputs."
+        ) from None
     ranks = math.prod(asked.mesh.values())
     compat.simulated_group(ranks, asked.rank)
     fake_collectives()

@@ -81,6 +81,9 @@ if TYPE_CHECKING:
 @click.option(
     "--seed", type=int, help="Seed of all values (default: fresh; the report records it)."
 )
+@click.option(
+    "--timeout", type=float, metavar="SECONDS", help="Deadline of the pass, and of --numeric (900)."
+)
 @click.option("--case-timeout", type=float, metavar="SECONDS", help="Deadline of a single case.")
 @many("--select", metavar="RULE", help="Only these rules (ATN101, ATN1, missing-*).")
 @many("--ignore", metavar="RULE", help="All but these rules.")
@@ -111,6 +114,7 @@ def audit(ctx: click.Context, /, **given: Any) -> None:
     """
     from attncheck import config, waivers
 
+    _refuse_idle(given)
     if given["script"]:
         run_script(ctx, given)
         return
@@ -126,9 +130,27 @@ def audit(ctx: click.Context, /, **given: Any) -> None:
     ctx.exit(exit_code(report, fail_on))
 
 
+# Options that mean something with another one alone, by that one ('' for a build function).
+_BELONG = {
+    "model": ("tp", "cp", "dp", "operator"),
+    "script": ("steps",),
+    "": ("mesh", "inputs", "numeric", "timeout"),
+}
+
+
+def _refuse_idle(given: dict[str, Any]) -> None:
+    """Raises UserError for an option that would be ignored."""
+    kind = next((name for name in ("script", "model") if given[name]), "")
+    for owner, names in _BELONG.items():
+        for name in names:
+            if owner != kind and given[name]:
+                with_ = f"--{owner}" if owner else "a build function"
+                raise UserError(f"--{name} goes with {with_}, which this command does not have.")
+
+
 def run_audit(options: dict[str, Any]) -> Report:
     """An audit with the options of the command line over those of pyproject.toml. Raises UserError."""
-    from attncheck.audit.auditing import AuditRequest
+    from attncheck.audit.auditing import TIMEOUT_SECONDS, AuditRequest
     from attncheck.audit.auditing import audit as run
     from attncheck.plan import parse_mesh
 
@@ -148,6 +170,7 @@ def run_audit(options: dict[str, Any]) -> Report:
             mesh=parse_mesh(mesh),
             inputs=options["inputs"] or "",
             numeric=options["numeric"],
+            timeout=positive("--timeout", options["timeout"]) or TIMEOUT_SECONDS,
             scan=scan_request(options),
         )
         return run(request, log, show)
