@@ -104,7 +104,8 @@ def _headline(audit: Audit, statuses: Mapping[str, Status]) -> Iterable[str]:
             f"{'differs' if len(unequal) == 1 else 'differ'}."
         )
     else:
-        yield f"{audit.target} on {mesh} goes through: DTensor refuses none of its ops."
+        seen = "DTensor refuses none of its ops" if audit.ops else "none of its ops meets a DTensor"
+        yield f"{audit.target} on {mesh} goes through: {seen}."
     if audit.numeric is not None and audit.numeric.failure:
         what = "Against the unsharded model it came to no end"
         if not audit.numeric.reference:  # it did not begin

@@ -548,6 +548,21 @@ GUARDS: tuple[Guard, ...] = (
         "2.12",
         new=Defines("nn/attention/varlen.py", ("varlen_attn_out",)),
     ),
+    Guard(
+        "runner.compat.fake_collectives.fake_collectives",
+        "collectives that write into their output can be called on fake tensors",
+        "2.10",
+        "2.11",
+        new=Defines("distributed/_meta_registrations.py", ("_META_FUNCTIONS",)),
+    ),
+    Guard(
+        "runner.compat.fake_collectives.fake_collectives",
+        "what they need for that is in a module of the memory tracker's",
+        "2.6",
+        "2.7",
+        new=Exists("distributed/_tools/fake_collectives.py"),
+        names=("_tools",),
+    ),
 )
 
 LASTING: tuple[Lasting, ...] = (
@@ -829,11 +844,16 @@ LASTING: tuple[Lasting, ...] = (
         Both(
             (
                 Stubs(("_get_sequence_nr",), "_C/_autograd.pyi"),
-                Stubs(("_current_autograd_node",)),
+                Stubs(("_current_autograd_node", "_current_graph_task_id")),
                 Defines("autograd/__init__.py", ("_get_sequence_nr",)),
             )
         ),
-        names=("_get_sequence_nr", "_current_autograd_node", "_sequence_nr"),
+        names=(
+            "_get_sequence_nr",
+            "_current_autograd_node",
+            "_current_graph_task_id",
+            "_sequence_nr",
+        ),
     ),
     Lasting(
         "runner.compat.modes.is_innermost",
@@ -882,26 +902,42 @@ LASTING: tuple[Lasting, ...] = (
         ),
     ),
     Lasting(
-        "runner.compat.compiled.compiled_modules",
-        "what torch.compile leaves in a module",
+        "runner.compat.meshes.real_meshes",
+        "what of a mesh computes with its tensor of ranks, and stepping out of a fake mode",
         Both(
             (
-                Reads("_dynamo/eval_frame.py", "OptimizedModule", "_orig_mod"),
-                Defines("nn/modules/module.py", ("Module._compiled_call_impl",)),
+                Defines(
+                    "distributed/device_mesh.py",
+                    (
+                        "init_device_mesh",
+                        "DeviceMesh.__init__",
+                        "DeviceMesh.__repr__",
+                        "DeviceMesh.from_group",
+                        "DeviceMesh._flatten",
+                    ),
+                ),
+                Reads(
+                    "distributed/device_mesh.py",
+                    "DeviceMesh.__getitem__",
+                    "unset_fake_temporarily()",
+                ),
+                Defines("_subclasses/fake_tensor.py", ("unset_fake_temporarily",)),
+            )
+        ),
+    ),
+    Lasting(
+        "runner.compat.compiled.compiled_modules",
+        "where a compiled module has its own, and what compiling in place leaves in it",
+        Both(
+            (
+                Reads("_dynamo/eval_frame.py", "OptimizedModule.__init__", "self._orig_mod = mod"),
+                Reads(
+                    "nn/modules/module.py",
+                    "Module.compile",
+                    "self._compiled_call_impl = torch.compile(",
+                ),
             )
         ),
         names=("_orig_mod", "_compiled_call_impl"),
-    ),
-    Lasting(
-        "runner.compat.fake_collectives.fake_collectives",
-        "fake collectives in a module of their own",
-        Exists("distributed/_tools/fake_collectives.py"),
-        names=("_tools",),
-        since="2.7",
-    ),
-    Lasting(
-        "runner.compat.meshes.real_meshes",
-        "what steps out of a fake mode",
-        Defines("_subclasses/fake_tensor.py", ("unset_fake_temporarily",)),
     ),
 )

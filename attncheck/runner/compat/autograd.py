@@ -15,7 +15,9 @@ def next_number() -> int:
 
 
 def in_backward() -> bool:
-    return torch._C._current_autograd_node() is not None
+    """Whether a backward runs in this thread: in a node of it, or in what it calls at its end (FSDP2 scatters
+    gradients there)."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def node_number() -> int | None:

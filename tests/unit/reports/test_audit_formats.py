@@ -127,7 +127,7 @@ def test_the_headline_of_a_model_that_stops() -> None:
 def test_the_headline_of_a_model_that_goes_through() -> None:
     report = changed(ops=(), communication=(), numeric=None)
     assert view_of(report).headline[0] == (
-        "wan.py:build on tp=8 goes through: DTensor refuses none of its ops."
+        "wan.py:build on tp=8 goes through: none of its ops meets a DTensor."
     )
     assert "communicates" not in headline(report)
 
@@ -191,7 +191,7 @@ def test_a_pass_that_ended_did_not_go_on_past_each() -> None:
 def test_an_audit_of_nothing() -> None:
     report = Report({}, (), (), audit=Audit("m:build", {"tp": 2}))
     assert view_of(report).headline == (
-        "m:build on tp=2 goes through: DTensor refuses none of its ops.",
+        "m:build on tp=2 goes through: none of its ops meets a DTensor.",
         "One pass on fake tensors, forward and backward.",
     )
     for form in FORMATS:
