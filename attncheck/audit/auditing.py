@@ -85,9 +85,9 @@ def audit(request: AuditRequest, log: scan.Log, on_progress: scan.Progress) -> R
         notes=(*first.audit.notes, *_notes(first)),
     )
     report = _run(request, planned, path, log, on_progress)
-    ids = {r.case.setting_name: [] for r in report.cases}  # type: dict[str, list[str]]
+    ids: dict[str, list[str]] = {}
     for result in report.cases:
-        ids[result.case.setting_name].append(result.case.id)
+        ids.setdefault(result.case.setting_name, []).append(result.case.id)
     attention = tuple(
         replace(call, cases=tuple(ids.get(call.setting, ()))) for call in audit.attention
     )
@@ -148,14 +148,15 @@ def _start(folder: Path, asked: Pass) -> _Child:
     (folder / "asked.json").write_text(json.dumps(to_json(asked)), encoding="utf-8")
     command = [sys.executable, "-m", "attncheck.audit.fakepass", "asked.json", "answer.json"]
     command[-2:] = [str(folder / name) for name in command[-2:]]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / "stderr").open("wb"),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=END_WITH_PARENT,
-    )
+    with (folder / "stderr").open("wb") as said:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            preexec_fn=END_WITH_PARENT,
+        )
     return _Child(process, folder, asked.rank)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from attncheck import environment, models, rules
+from attncheck import environment, models
 from attncheck.audited import PRESET, AttentionCall, Audit, Degrees, Fit
 from attncheck.errors import unknown
 from attncheck.model import Report
@@ -56,10 +56,7 @@ def audit_preset(request: PresetRequest, log: scan.Log, on_progress: scan.Progre
             Degrees(d.way, d.works, d.replicate_kv, d.uneven) for d in models.working_degrees(model)
         ),
     )
-    findings = rules.judge(
-        report.cases, select=request.scan.select_rules, ignore=request.scan.ignore_rules
-    )
-    return replace(report, findings=findings, audit=audit)
+    return replace(report, audit=audit)
 
 
 def _operators(request: PresetRequest) -> tuple[str, ...]:
