@@ -18,6 +18,7 @@ hypothesis.settings.load_profile("attncheck")
 ALONE = ("functional", "benchmarks")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n 2 --dist loadgroup` one process runs what needs ranks, and the other the rest."""
     tests = Path(__file__).parent
