@@ -144,6 +144,7 @@ WORKERS = (
     "runner",
     "standins",
     "__init__.py",
+    "audited.py",
     "errors.py",
     "inventory.py",
     "model.py",

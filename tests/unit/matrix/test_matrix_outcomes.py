@@ -157,7 +157,8 @@ def test_no_code_that_a_worker_runs_is_left_out_of_its_digest() -> None:
     while waiting:
         file = waiting.pop()
         found.add(file)
-        waiting |= _imported(file) - found
+        if file != PACKAGE / "__init__.py":  # `observe` imports what it needs when users call it
+            waiting |= _imported(file) - found
     left_out = {
         file.relative_to(PACKAGE).as_posix()
         for file in found

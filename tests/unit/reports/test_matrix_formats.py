@@ -216,7 +216,8 @@ def run(*arguments: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_report_renders_a_matrix(saved: Path) -> None:
+def test_report_renders_a_matrix(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # the processes of pytest-xdist have some
     code, text = run("report", saved / "m.json")
     assert (code, text) == (0, render("table", sample_matrix.sample(), width=100))
 
