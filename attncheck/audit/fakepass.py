@@ -243,9 +243,8 @@ def _why(error: BaseException) -> str:
             "tensors have none"
         )
     lowered = text.lower()
-    if "cuda" in lowered and any(
-        word in lowered for word in ("nvidia", "compiled", "driver", "gpu")
-    ):
+    # What builds of torch without CUDA say, and those with it where there is no driver.
+    if "nvidia driver" in lowered or ("cuda" in lowered and "compiled" in lowered):
         return f"{said}; an audit has no GPU: make tensors on mesh.device_type"
     if "allocate memory" in lowered or isinstance(error, MemoryError):
         limit = guarding.MEMORY_BYTES // 2**30

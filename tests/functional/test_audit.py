@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch_here import FLASH_ATTN_VIEWS
+from torch_here import FLASH_ATTN_VIEWS, before
 
 from attncheck.audited import Audit, ModuleCommunication
 from attncheck.model import Report
@@ -139,6 +139,7 @@ def test_a_fix_is_made_from_its_report(wan: Any) -> None:
         [
             *(sys.executable, "-m", "attncheck", "fix", "--from", "report.json"),
             *("--kernel-op", "flash_attn.*", "--write", "fixes.py"),
+            *(word for op in FLASH_ATTN_VIEWS for word in ("--kernel-op", op)),
             *("--output", "json:fixed.json"),
         ],
         cwd=folder,
@@ -305,6 +306,13 @@ def test_what_nobody_asked_for_is_told_apart(wan: Any) -> None:
 # --- equal or not --------------------------------------------------------------------------------
 
 
+rotates = pytest.mark.xfail(
+    before("2.9.1"),
+    reason="torch 2.6 conjugates wrongly where complex DTensors are multiplied backward (test_wan.py)",
+    strict=True,
+)
+
+
 def numeric(build: str, folder: Path, *options: str) -> tuple[int, Report]:
     inputs = "wan:inputs_small" if build.startswith("wan") else f"planted:inputs_{build[14:]}"
     done = run(
@@ -336,6 +344,7 @@ def test_an_unequal_one_is_wrong_and_says_why(tmp_path: Path) -> None:
     assert "audit it again with `--numeric`" in finding.remedies[-1].text
 
 
+@rotates
 def test_the_plan_that_came_after_trains_wrong(tmp_path: Path) -> None:
     """DiffSynth-Studio's second plan, mended so that it runs: right outputs, wrong gradients."""
     code, made = numeric("wan:build_plan2", tmp_path, "--with", "flash-attn", "--fix", "known")
@@ -348,6 +357,7 @@ def test_the_plan_that_came_after_trains_wrong(tmp_path: Path) -> None:
     assert all("nobody added them up" in each.cause for each in made.audit.numeric.unequal)
 
 
+@rotates
 def test_the_first_plan_with_the_fix_is_equal(tmp_path: Path) -> None:
     code, made = numeric("wan:build_small", tmp_path, "--with", "flash-attn", "--fix", "known")
     assert made.audit is not None

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch_here import before
 
 from attncheck.audit import auditing
 from attncheck.errors import UserError
@@ -143,8 +144,9 @@ CODE: dict[str, tuple[str, ...]] = {
         "make them in build, with torch.",
     ),
     "gpu": (
-        f"gpu.py does not import: AssertionError at {line('gpu', 'scale = ')}: ",
-        "Torch not compiled with CUDA enabled; an audit has no GPU: make tensors on ",
+        # A build with CUDA says something else than one without.
+        f" at {line('gpu', 'scale = ')}: ",
+        "; an audit has no GPU: make tensors on ",
     ),
     "network": (
         f"network.py:build raised NetworkAsked at {line('network', 'urlopen')}: ",
@@ -194,6 +196,8 @@ def test_a_model_that_is_well_made(sentences: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("name", CODE)
 def test_what_is_wrong_with_the_users_code(name: str, sentences: dict[str, str]) -> None:
+    if name == "plan" and before("2.9.1"):
+        pytest.skip("torch 2.6 says nothing of a plan that names what is not there")
     said = sentences[name]
     for part in CODE[name]:
         assert part in said

@@ -93,7 +93,11 @@ def test_heads_that_the_ranks_divide_work(outcomes: Outcomes, direction: str) ->
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_heads_of_keys_that_must_be_copied_work(outcomes: Outcomes, direction: str) -> None:
     """One head of keys on both ranks, as each has after it was copied; moving q is PyTorch's own idea."""
-    assert outcomes["llama3-8b", 16, "self", "sdpa_cuda.flash", direction].status.usable
+    outcome = outcomes["llama3-8b", 16, "self", "sdpa_cuda.flash", direction]
+    if before("2.9.1"):  # PyTorch's own strategy for it indexes beyond its placements
+        assert outcome.message == "list index out of range"
+    else:
+        assert outcome.status.usable
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
