@@ -21,9 +21,9 @@ def observe(
             train()
 
     A step ends with `optimizer.step()`, with a call of the model without gradients, or where
-    `observation.step()` says so. `output`: one or more
-    of FORMAT[:PATH], as for `attncheck scan --output`, written by rank 0, and by a rank that fails (to
-    PATH.rankN). `target` names the run in the report. Raises UserError for an unknown format.
+    `observation.step()` says so. `output`: one or more of FORMAT[:PATH], as for `attncheck scan --output`,
+    written by rank 0, and by a rank that fails (to PATH.rankN). `target` names the run in the report. Raises
+    UserError for an unknown format.
     """
     from attncheck.audit.observing import Observation
     from attncheck.commands.audit import writer

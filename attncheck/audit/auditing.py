@@ -72,7 +72,9 @@ def audit(request: AuditRequest, log: scan.Log, on_progress: scan.Progress) -> R
     path = tuple(scan.provisioned(request.scan, log))
     ranks = math.prod(request.mesh.values())
     log(f"running the code of {request.target} on fake tensors, as ranks 0 and {ranks - 1}")
-    first, last = _look(request, inputs, (0, ranks - 1), path)
+    probes = plugins.load_probes([Path(file) for file in request.scan.probe_files])
+    probe_files = tuple(str(file) for file in probes.files)
+    first, last = _look(request, inputs, (0, ranks - 1), path, probe_files)
     assert first.audit is not None
     assert last.audit is not None
     planned = calls.plan(first.attention, request.mesh)
@@ -93,7 +95,11 @@ def audit(request: AuditRequest, log: scan.Log, on_progress: scan.Progress) -> R
     )
     audit = replace(audit, attention=attention)
     if request.numeric:
-        audit = replace(audit, numeric=_numeric(request, inputs, path, audit, log))
+        numeric = _numeric(request, inputs, path, probe_files, audit, log)
+        if first.sdpa and request.scan.device == "cpu":
+            told = "F.scaled_dot_product_attention ran on CPU kernels of attncheck's, as those ops."
+            numeric = replace(numeric, notes=(*numeric.notes, told))
+        audit = replace(audit, numeric=numeric)
     results = (*model_case(audit), *numeric_case(audit), *report.cases)
     findings = rules.judge(
         results, select=request.scan.select_rules, ignore=request.scan.ignore_rules
@@ -105,10 +111,13 @@ def audit(request: AuditRequest, log: scan.Log, on_progress: scan.Progress) -> R
 
 
 def _look(
-    request: AuditRequest, inputs: str, ranks: Sequence[int], path: tuple[str, ...]
+    request: AuditRequest,
+    inputs: str,
+    ranks: Sequence[int],
+    path: tuple[str, ...],
+    probe_files: tuple[str, ...],
 ) -> list[Answer]:
     """What each of these ranks sees; they are looked at at the same time."""
-    probes = plugins.load_probes([Path(file) for file in request.scan.probe_files])
     asked = [
         Pass(
             target=request.target,
@@ -117,8 +126,8 @@ def _look(
             mesh=request.mesh,
             rank=rank,
             path=path,
-            fixes=tuple(str(Path(file).resolve()) for file in request.scan.fixes),
-            probe_files=tuple(str(file) for file in probes.files),
+            fixes=_fixes(request),
+            probe_files=probe_files,
         )
         for rank in ranks
     ]
@@ -146,8 +155,8 @@ class _Child:
 def _start(folder: Path, asked: Pass) -> _Child:
     folder.mkdir()
     (folder / "asked.json").write_text(json.dumps(to_json(asked)), encoding="utf-8")
-    command = [sys.executable, "-m", "attncheck.audit.fakepass", "asked.json", "answer.json"]
-    command[-2:] = [str(folder / name) for name in command[-2:]]
+    files = (str(folder / "asked.json"), str(folder / "answer.json"))
+    command = [sys.executable, "-m", "attncheck.audit.fakepass", *files]
     with (folder / "stderr").open("wb") as said:
         process = subprocess.Popen(
             command,
@@ -221,15 +230,23 @@ def _notes(answer: Answer) -> tuple[str, ...]:
     )
 
 
+def _fixes(request: AuditRequest) -> tuple[str, ...]:
+    return tuple(str(Path(file).resolve()) for file in request.scan.fixes)
+
+
 def _numeric(
-    request: AuditRequest, inputs: str, path: tuple[str, ...], audit: Audit, log: scan.Log
+    request: AuditRequest,
+    inputs: str,
+    path: tuple[str, ...],
+    probe_files: tuple[str, ...],
+    audit: Audit,
+    log: scan.Log,
 ) -> Numeric:
     ranks = math.prod(request.mesh.values())
     if any(op.problem for op in audit.ops):
         why = "not run: what DTensor refuses in the pass would end it"
         return Numeric(ranks, "", failure=why)
     log(f"running {request.target} with real numbers on {ranks} ranks, and unsharded")
-    probes = plugins.load_probes([Path(file) for file in request.scan.probe_files])
     asked = comparing.Comparing(
         target=request.target,
         inputs=inputs,
@@ -237,15 +254,11 @@ def _numeric(
         device=request.scan.device,
         seed=request.scan.seed or 0,
         path=path,
-        fixes=tuple(str(Path(file).resolve()) for file in request.scan.fixes),
-        probe_files=tuple(str(file) for file in probes.files),
+        fixes=_fixes(request),
+        probe_files=probe_files,
         parameters=audit.parameters,
     )
-    numeric = comparing.compare(asked, request.timeout)
-    if audit.notes and request.scan.device == "cpu":
-        told = "F.scaled_dot_product_attention ran on CPU kernels of attncheck's, as those ops"
-        numeric = replace(numeric, notes=(*numeric.notes, f"{told}."))
-    return numeric
+    return comparing.compare(asked, request.timeout)
 
 
 # --- its attention calls -------------------------------------------------------------------------
@@ -293,18 +306,6 @@ def model_case(audit: Audit) -> tuple[CaseResult, ...]:
     refused = [op for op in audit.ops if op.problem]
     if not refused and not audit.failure:
         return ()
-    case = Case(
-        id=case_id(MODEL, audit.target, audit.kind, "dtensor", audit.mesh, "plan", "backward"),
-        probe=MODEL,
-        operator=audit.target,
-        route="dtensor",
-        setting={"name": audit.kind},
-        mesh=audit.mesh,
-        placement="plan",
-        placements={},
-        direction="backward",
-        function=audit.target,
-    )
     first = refused[0] if refused else None
     status = _STATUSES.get(first.problem, Status.ERROR) if first else Status.ERROR
     message = first.message if first else audit.failure
@@ -316,7 +317,22 @@ def model_case(audit: Audit) -> tuple[CaseResult, ...]:
         missing_ops=tuple(_missing(refused)),
         collectives=tuple(_collectives(audit)),
     )
-    return (CaseResult(case, outcome),)
+    return (CaseResult(_case(audit, audit.kind), outcome),)
+
+
+def _case(audit: Audit, setting: str) -> Case:
+    return Case(
+        id=case_id(MODEL, audit.target, setting, "dtensor", audit.mesh, "plan", "backward"),
+        probe=MODEL,
+        operator=audit.target,
+        route="dtensor",
+        setting={"name": setting},
+        mesh=audit.mesh,
+        placement="plan",
+        placements={},
+        direction="backward",
+        function=audit.target,
+    )
 
 
 def _place(op: ModuleOp) -> str:
@@ -329,18 +345,7 @@ def numeric_case(audit: Audit) -> tuple[CaseResult, ...]:
     numeric = audit.numeric
     if numeric is None or not numeric.reference:
         return ()
-    case = Case(
-        id=case_id(MODEL, audit.target, NUMERIC, "dtensor", audit.mesh, "plan", "backward"),
-        probe=MODEL,
-        operator=audit.target,
-        route="dtensor",
-        setting={"name": NUMERIC},
-        mesh=audit.mesh,
-        placement="plan",
-        placements={},
-        direction="backward",
-        function=audit.target,
-    )
+    case = _case(audit, NUMERIC)
     if numeric.failure:
         return (CaseResult(case, Outcome(Status.ERROR, message=numeric.failure)),)
     facts = tuple(

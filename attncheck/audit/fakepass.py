@@ -29,7 +29,7 @@ from attncheck.audit.carry import carry_on
 from attncheck.audit.folding import Folder
 from attncheck.audit.lines import line_through
 from attncheck.audit.put_in_place import put_in_place
-from attncheck.audit.recorder import Recorder, uneven
+from attncheck.audit.recorder import Recorder
 from attncheck.audit.sdpa import AsOnCuda
 from attncheck.audit.seen import told
 from attncheck.audit.where import raised_in, unwrapped
@@ -80,11 +80,10 @@ def look(asked: Pass) -> Answer:
             model = _built(asked.target, build, mesh)
         arguments, keywords = _given(asked.inputs, inputs, mesh)
         recorder.where.name(model)
-        for name, parameter in model.named_parameters():
-            if isinstance(parameter, DTensor):
-                for found in uneven(name, "", parameter):
-                    recorder.facts.uneven.setdefault(found)
-        with _eagerly(), guarding.no_network(), recorder.recording():
+        parameters, parameter_bytes = recorder.weigh(model.named_parameters())
+        # torch.compile traces what runs here; what it makes of it, a GPU would have to say.
+        eagerly = torch.compiler.set_stance("force_eager")
+        with eagerly, guarding.no_network(), recorder.recording():
             try:
                 _step(model, arguments, keywords)
             except Exception as error:
@@ -92,13 +91,12 @@ def look(asked: Pass) -> Answer:
                 if module := raised_in(error):
                     failure += f" (in {module})"
     facts = told(recorder.facts, recorder.where.paths.values())
-    parameters = list(model.parameters())
     audit = Audit(
         target=asked.target,
         mesh=asked.mesh,
         inputs=_described(arguments, keywords),
-        parameters=sum(math.prod(p.shape) for p in parameters),
-        parameter_bytes=sum(_local_bytes(p) for p in parameters),
+        parameters=parameters,
+        parameter_bytes=parameter_bytes,
         layers=facts.layers,
         ops=facts.ops,
         communication=facts.communication,
@@ -196,13 +194,6 @@ def _counted_devices(ranks: int) -> Iterator[None]:
         torch.accelerator.device_count = count
 
 
-@contextlib.contextmanager
-def _eagerly() -> Iterator[None]:
-    """torch.compile traces what runs here; what it makes of it, a GPU would have to say."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
 def _step(model: torch.nn.Module, arguments: Any, keywords: Any) -> None:
     returned = model(*arguments, **keywords)
     outputs = [
@@ -272,11 +263,6 @@ def _described(arguments: Any, keywords: Any) -> str:
                 sizes = ", ".join(str(int(size)) for size in leaf.shape)
                 words.append(f"{name} [{sizes}] {str(leaf.dtype).rpartition('.')[2]}")
     return "; ".join(words)
-
-
-def _local_bytes(parameter: torch.Tensor) -> int:
-    local = compat.local_tensor(parameter) if isinstance(parameter, DTensor) else parameter
-    return local.numel() * local.element_size()
 
 
 def main() -> None:

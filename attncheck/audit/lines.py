@@ -79,7 +79,11 @@ def _packages_line(frames: Sequence[tuple[str, int]]) -> str:
 def _package(file: str) -> str:
     """The installed package that a file is of; '' for torch and attncheck, and for all that is none."""
     within = _in_packages(file)
-    return "" if file.startswith(_OURS) or within.parts[:1] in ((), ("torch",)) else within.parts[0]
+    return (
+        ""
+        if file.startswith(_INSTALLED[0]) or within.parts[:1] in ((), ("torch",))
+        else within.parts[0]
+    )
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """Watching a real run: the facts of an audit, from the job itself.
 
-`with attncheck.observe():` in the user's code, or `torchrun ... -m attncheck audit --script train.py`. The
-first steps are recorded, then the recorder steps aside. Nothing is mended or gone past: what PyTorch
-raises, the job raises. The report is written when the block is left, whichever way.
+`with attncheck.observe():` in the user's code, or `torchrun ... -m attncheck audit --script train.py`. Of
+the first steps the first and the last are recorded; between them and later nothing of ours is in the way.
+Nothing is mended or gone past: what PyTorch raises, the job raises. The report is written when the block is
+left, whichever way.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from attncheck import environment, rules
 from attncheck.audit import auditing, calls
 from attncheck.audit.lines import line_of
-from attncheck.audit.recorder import Recorder, uneven
+from attncheck.audit.recorder import Recorder
 from attncheck.audit.seen import told
 from attncheck.audited import OBSERVED, Audit
 from attncheck.model import Report
@@ -60,8 +61,8 @@ class Observation:
         )
 
         for hook in (
-            register_optimizer_step_pre_hook(lambda *_: self._updating(OPTIMIZER)),
-            register_optimizer_step_post_hook(lambda *_: self._updated()),
+            register_optimizer_step_pre_hook(self._updating),
+            register_optimizer_step_post_hook(self._updated),
         ):
             self._around.callback(hook.remove)
         self._around.callback(self._terminable())
@@ -94,11 +95,11 @@ class Observation:
         if self.done == self.steps - 1:
             self._record()
 
-    def _updating(self, who: str) -> None:
-        self.recorder.where.outside = who
+    def _updating(self, *_: object) -> None:
+        self.recorder.where.outside = OPTIMIZER
 
-    def _updated(self) -> None:
-        self._updating("")
+    def _updated(self, *_: object) -> None:
+        self.recorder.where.outside = ""
         self.step()
 
     def _record(self) -> None:
@@ -120,19 +121,15 @@ class Observation:
         """Facts of one step, as a report without cases of attention calls: nothing is run beside a job."""
         steps = max(1, self.recorded)
         named = [item for model in self.recorder.where.models for item in model.named_parameters()]
-        for name, parameter in named:
-            if isinstance(parameter, DTensor):
-                for found in uneven(name, "", parameter):
-                    self.recorder.facts.uneven.setdefault(found)
-        parameters = [parameter for _, parameter in named]
-        mesh = _mesh(parameters)
+        parameters, parameter_bytes = self.recorder.weigh(named)
+        mesh = _mesh([parameter for _, parameter in named])
         facts = told(self.recorder.facts, self.recorder.where.paths.values(), steps)
         audit = Audit(
             target=self._target,
             mesh=mesh,
             kind=OBSERVED,
-            parameters=sum(p.numel() for p in parameters),
-            parameter_bytes=sum(_local_bytes(p) for p in parameters),
+            parameters=parameters,
+            parameter_bytes=parameter_bytes,
             layers=facts.layers,
             steps=steps,
             ops=facts.ops,
@@ -182,8 +179,3 @@ def _mesh(parameters: Sequence[torch.Tensor]) -> dict[str, int]:
     mesh = max(meshes, key=lambda each: (each.size(), each.ndim))
     names = mesh.mesh_dim_names or tuple(f"axis{at}" for at in range(mesh.ndim))
     return dict(zip(names, tuple(mesh.shape), strict=True))
-
-
-def _local_bytes(parameter: torch.Tensor) -> int:
-    local = compat.local_tensor(parameter) if isinstance(parameter, DTensor) else parameter
-    return local.numel() * local.element_size()

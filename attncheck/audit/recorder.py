@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,7 @@ class Recorder:
         self._known: dict[Any, _Known] = {}
         self._texts: dict[Any, Texts] = {}
         self._quiet: set[Any] = set()
-        self._plain: dict[Any, bool] = {}
+        self._dull: set[Any] = set()
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -131,7 +132,7 @@ class Recorder:
             ops[path] = ops.get(path, 0) + 1
             attention = None
             if not backward:
-                self.facts.lines.setdefault((kind, path), line_here())
+                self._note_line(kind, path)
                 if attention_ops.looks_like(name, compat.schema_of(func)):
                     attention = Attention(name, *_arguments(func, args, kwargs, self._text))
                     self._attended(attention, path)
@@ -145,24 +146,19 @@ class Recorder:
     def plain(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """An op on ordinary tensors: a collective that the model or its plan asks for, or attention in a
         `local_map`."""
-        interesting = self._plain.get(func)
-        if interesting is None:
-            name = compat.op_name(func)
-            called = collectives.called(func, args, kwargs)
-            interesting = called is not None and bool(called.name)
-            interesting = interesting or attention_ops.looks_like(name, compat.schema_of(func))
-            self._plain[func] = interesting
-        if not interesting:
+        if func in self._dull:
             return
         called = collectives.called(func, args, kwargs)
-        if called is not None:
+        if called is not None and called.name:
             self.collective(called)
-        elif not compat.in_backward():
-            call = Attention(compat.op_name(func), *_arguments(func, args, kwargs, self._text))
-            self._attended(call, self.where.path(False))
+        elif attention_ops.looks_like(name := compat.op_name(func), compat.schema_of(func)):
+            if not compat.in_backward():
+                self.attended(name, args, kwargs)
+        else:
+            self._dull.add(func)
 
     def attended(self, op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """An attention call that is no op of its own by the time that this mode sees it."""
+        """An attention call, on ordinary tensors or no op of its own by the time that this mode sees it."""
         func = compat.find_overload(op)
         call = Attention(op, *_arguments(func, args, kwargs, self._text))
         self._attended(call, self.where.path(False))
@@ -194,7 +190,7 @@ class Recorder:
         by_path = self.facts.ops.setdefault(kind, {})
         by_path[path] = by_path.get(path, 0) + 1
         if not backward:
-            self.facts.lines.setdefault((kind, path), line_here())
+            self._note_line(kind, path)
             if attention_ops.looks_like(name, compat.schema_of(func)):
                 self._attended(Attention(name, *_arguments(func, args, kwargs, self._text)), path)
         if self.carry is None:
@@ -204,6 +200,10 @@ class Recorder:
                 return self.carry(func, args, kwargs)
             except Exception:
                 raise error from None  # what it raised at first is what users will see
+
+    def _note_line(self, kind: Op | Traffic, path: str) -> None:
+        if (kind, path) not in self.facts.lines:  # looking for it walks the stack
+            self.facts.lines[kind, path] = line_here()
 
     # --- placements ------------------------------------------------------------------------------
 
@@ -228,6 +228,19 @@ class Recorder:
                 for found in uneven(path, name, leaf):
                     self.facts.uneven.setdefault(found)
 
+    def weigh(self, named: Iterable[tuple[str, torch.Tensor]]) -> tuple[int, int]:
+        """(numbers that the parameters hold, bytes of them that this rank has); uneven ones are noted."""
+        count, size = 0, 0
+        for name, parameter in named:
+            local = parameter
+            if isinstance(parameter, DTensor):
+                local = compat.local_tensor(parameter)
+                for found in uneven(name, "", parameter):
+                    self.facts.uneven.setdefault(found)
+            count += math.prod(parameter.shape)
+            size += local.numel() * local.element_size()
+        return count, size
+
     # --- communication ---------------------------------------------------------------------------
 
     def collective(self, called: collectives.Called) -> None:
@@ -242,7 +255,7 @@ class Recorder:
         sent = ring_bytes(name, sum(t.numel() * t.element_size() for t in operands), ranks)
         self._own.append((kind, 1, sent))
         if not backward:
-            self.facts.lines.setdefault((kind, path), line_here())
+            self._note_line(kind, path)
         self._add_traffic(kind, path, 1, sent)
 
     def _add_traffic(self, kind: Traffic, path: str, count: int, size: int) -> None:

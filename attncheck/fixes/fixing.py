@@ -14,7 +14,7 @@ from attncheck.errors import UserError, unknown
 from attncheck.fixes import emit, packages, synthesis, telling, verify
 from attncheck.fixes.notation import Signature
 from attncheck.fixes.verify import Evidence, Progress
-from attncheck.model import BYPASSES_DISPATCHER, CaseResult, Report
+from attncheck.model import BYPASSES_DISPATCHER, MODEL, CaseResult, Report
 from attncheck.plan import Selection, matches
 from attncheck.probing import Operator, Setting
 from attncheck.rules import wording
@@ -94,7 +94,7 @@ def _found(request: FixRequest, log: Log, on_progress: Progress) -> tuple[FixReq
         asked = _as_scanned(request.scan, found)
         if found.audit is not None:
             # The model itself is not run again, its attention calls are.
-            cases = tuple(r for r in found.cases if r.case.setting.get("dtype"))
+            cases = tuple(r for r in found.cases if r.case.probe != MODEL)
             found = dataclasses.replace(found, cases=cases)
             asked = dataclasses.replace(asked, settings=_settings(cases))
         return dataclasses.replace(request, scan=asked), found
