@@ -99,51 +99,29 @@ def _bias(dtype: str, broadcast: str, passed: str) -> dict[str, Any]:
     return {"bias": passed, "bias_expanded": True}
 
 
+SDPA = "F.scaled_dot_product_attention"
 SDPA_NAMES = ("query", "key", "value")
+_FLASH = Kind("sdpa_cuda.flash", SDPA, BHSD, SDPA_NAMES, _sdpa_cuda)
+_EFFICIENT = replace(
+    _FLASH,
+    operator="sdpa_cuda.efficient",
+    mask="attn_bias",
+    masked=_bias,
+    tensors=("q", "k", "v", "bias"),
+)
+_MATH = Kind("sdpa[MATH]", SDPA, BHSD, SDPA_NAMES, _sdpa, mask="attn_mask", masked=_mask)
 KINDS: Mapping[str, Kind] = {
     "flash_attn._flash_attn_forward.default": Kind(
         "flash_attn_func", "flash_attn.flash_attn_func", BSHD, ("q", "k", "v"), _flash_attn
     ),
-    "aten._scaled_dot_product_flash_attention.default": Kind(
-        "sdpa_cuda.flash", "F.scaled_dot_product_attention", BHSD, SDPA_NAMES, _sdpa_cuda
+    "aten._scaled_dot_product_flash_attention.default": _FLASH,
+    "aten._scaled_dot_product_efficient_attention.default": _EFFICIENT,
+    "aten._scaled_dot_product_cudnn_attention.default": replace(
+        _EFFICIENT, operator="sdpa_cuda.cudnn"
     ),
-    "aten._scaled_dot_product_efficient_attention.default": Kind(
-        "sdpa_cuda.efficient",
-        "F.scaled_dot_product_attention",
-        BHSD,
-        SDPA_NAMES,
-        _sdpa_cuda,
-        mask="attn_bias",
-        masked=_bias,
-        tensors=("q", "k", "v", "bias"),
-    ),
-    "aten._scaled_dot_product_cudnn_attention.default": Kind(
-        "sdpa_cuda.cudnn",
-        "F.scaled_dot_product_attention",
-        BHSD,
-        SDPA_NAMES,
-        _sdpa_cuda,
-        mask="attn_bias",
-        masked=_bias,
-        tensors=("q", "k", "v", "bias"),
-    ),
-    "aten._scaled_dot_product_attention_math.default": Kind(
-        "sdpa[MATH]",
-        "F.scaled_dot_product_attention",
-        BHSD,
-        SDPA_NAMES,
-        _sdpa,
-        mask="attn_mask",
-        masked=_mask,
-    ),
-    "aten._scaled_dot_product_flash_attention_for_cpu.default": Kind(
-        "sdpa[FLASH_ATTENTION]",
-        "F.scaled_dot_product_attention",
-        BHSD,
-        SDPA_NAMES,
-        _sdpa,
-        mask="attn_mask",
-        masked=_mask,
+    "aten._scaled_dot_product_attention_math.default": _MATH,
+    "aten._scaled_dot_product_flash_attention_for_cpu.default": replace(
+        _MATH, operator="sdpa[FLASH_ATTENTION]"
     ),
 }
 

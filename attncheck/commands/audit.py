@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,20 +10,29 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from attncheck.commands.common import (
-    FAIL_ON,
     device,
-    exit_code,
-    guarded,
     log,
     many,
-    merged,
     parse_outputs,
     positive,
     progress,
     write,
 )
-from attncheck.commands.scan import fix_files
-from attncheck.errors import UserError, unknown
+from attncheck.commands.scan import (
+    CASE_TIMEOUT,
+    FAIL_AT,
+    FIX,
+    IGNORE,
+    OUTPUT,
+    PROBE,
+    QUIET,
+    SEED,
+    SELECT,
+    WITH,
+    fix_files,
+    scan_and_report,
+)
+from attncheck.errors import UserError
 
 if TYPE_CHECKING:
     from attncheck.model import Report
@@ -67,38 +75,19 @@ if TYPE_CHECKING:
     help="With --script: of the first N steps the first and the last are recorded (default 10).",
 )
 @click.option("--device", metavar="NAME", help="Where the calls are run: cpu (default) or cuda.")
-@many(
-    "--with",
-    "with_",
-    metavar="PACKAGE",
-    help="Provision a package's Python part and run it on CPU stand-ins: flash-attn or xformers, each with "
-    "[==VERSION].",
-)
-@many(
-    "--fix", "fixes", metavar="FILE", help="Register the strategies of this file first, or `known`."
-)
-@many("--probe", "probes", metavar="FILE", help="A probe file of your own. Its code is run.")
-@click.option(
-    "--seed", type=int, help="Seed of all values (default: fresh; the report records it)."
-)
+@WITH
+@FIX
+@PROBE
+@SEED
 @click.option(
     "--timeout", type=float, metavar="SECONDS", help="Deadline of the pass, and of --numeric (900)."
 )
-@click.option("--case-timeout", type=float, metavar="SECONDS", help="Deadline of a single case.")
-@many("--select", metavar="RULE", help="Only these rules (ATN101, ATN1, missing-*).")
-@many("--ignore", metavar="RULE", help="All but these rules.")
-@click.option(
-    "--fail-on",
-    metavar="SEVERITY",
-    help="Lowest severity that exits 1: error (default), warning, info, never.",
-)
-@many(
-    "--output",
-    "-o",
-    metavar="FORMAT[:PATH]",
-    help="Write a report: table, markdown, html, json, sarif, junit, github (repeatable).",
-)
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@CASE_TIMEOUT
+@SELECT
+@IGNORE
+@FAIL_AT
+@OUTPUT
+@QUIET
 @click.option(
     "-v", "--verbose", is_flag=True, help="List every op; tracebacks for internal errors."
 )
@@ -112,22 +101,11 @@ def audit(ctx: click.Context, /, **given: Any) -> None:
 
     A real run: torchrun --nproc-per-node 2 -m attncheck audit --script train.py -- --its --arguments
     """
-    from attncheck import config, waivers
-
     _refuse_idle(given)
     if given["script"]:
         run_script(ctx, given)
-        return
-    configured = config.load(Path.cwd())
-    options = merged(configured, given)
-    outputs = parse_outputs(options["output"] or ("table",))
-    fail_on = options["fail-on"] or "error"
-    if fail_on not in FAIL_ON:
-        raise unknown("severity", fail_on, FAIL_ON)
-    report = guarded(lambda: run_audit(options), options["verbose"], ctx)
-    report = waivers.apply(report, configured.get("waivers", ()), datetime.date.today())
-    write(report, outputs, options["verbose"])
-    ctx.exit(exit_code(report, fail_on))
+    else:
+        scan_and_report(ctx, given, run_audit)
 
 
 # Options that mean something with another one alone, by that one ('' for a build function).

@@ -31,6 +31,44 @@ if TYPE_CHECKING:
     from attncheck.model import Report
 
 
+# Options that other commands have, too.
+WITH = many(
+    "--with",
+    "with_",
+    metavar="PACKAGE",
+    help="Provision a package's Python part and run it on CPU stand-ins: flash-attn or xformers, "
+    "each with [==VERSION].",
+)
+PROBE = many("--probe", "probes", metavar="FILE", help="A probe file of your own. Its code is run.")
+FIX = many(
+    "--fix",
+    "fixes",
+    metavar="FILE",
+    help="Register the strategies of this file, written by attncheck fix, before the first case; `known` "
+    "stands for all that attncheck knows. Its code is run.",
+)
+SEED = click.option(
+    "--seed", type=int, help="Seed of all values (default: fresh; the report records it)."
+)
+CASE_TIMEOUT = click.option(
+    "--case-timeout", type=float, metavar="SECONDS", help="Deadline of a single case."
+)
+SELECT = many("--select", metavar="RULE", help="Only these rules (ATN101, ATN1, missing-*).")
+IGNORE = many("--ignore", metavar="RULE", help="All but these rules.")
+FAIL_AT = click.option(
+    "--fail-on",
+    metavar="SEVERITY",
+    help="Lowest severity that exits 1: error (default), warning, info, never.",
+)
+OUTPUT = many(
+    "--output",
+    "-o",
+    metavar="FORMAT[:PATH]",
+    help="Write a report: table, markdown, html, json, sarif, junit, github (repeatable; no PATH is "
+    "stdout).",
+)
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+
 # What `attncheck scan` takes, and every command that scans first.
 OPTIONS = (
     many("--operator", "-k", metavar="GLOB", help="Operators to run, e.g. 'sdpa*' (repeatable)."),
@@ -59,53 +97,27 @@ OPTIONS = (
         "its rank; both: one held against the other.",
     ),
     click.option("--device", metavar="NAME", help="cpu (default) or cuda."),
-    many(
-        "--with",
-        "with_",
-        metavar="PACKAGE",
-        help="Provision a package's Python part and run it on CPU stand-ins: flash-attn or xformers, "
-        "each with [==VERSION].",
-    ),
-    many("--probe", "probes", metavar="FILE", help="A probe file of your own. Its code is run."),
+    WITH,
+    PROBE,
     many(
         "--import",
         "imports",
         metavar="MODULE",
         help="Import it, and scan the attention ops that it registers. Its code is run.",
     ),
-    many(
-        "--fix",
-        "fixes",
-        metavar="FILE",
-        help="Register the strategies of this file, written by attncheck fix, before the first case; `known` "
-        "stands for all that attncheck knows. Its code is run.",
-    ),
-    click.option(
-        "--seed", type=int, help="Seed of all values (default: fresh; the report records it)."
-    ),
+    FIX,
+    SEED,
     click.option(
         "--hash-seed",
         type=int,
         default=None,
         help="PYTHONHASHSEED of rank 0; rank r gets this plus r (default 6).",
     ),
-    click.option(
-        "--case-timeout", type=float, metavar="SECONDS", help="Deadline of a single case."
-    ),
-    many("--select", metavar="RULE", help="Only these rules (ATN101, ATN1, missing-*)."),
-    many("--ignore", metavar="RULE", help="All but these rules."),
-    click.option(
-        "--fail-on",
-        metavar="SEVERITY",
-        help="Lowest severity that exits 1: error (default), warning, info, never.",
-    ),
-    many(
-        "--output",
-        "-o",
-        metavar="FORMAT[:PATH]",
-        help="Write a report: table, markdown, html, json, sarif, junit, github (repeatable; no PATH is "
-        "stdout).",
-    ),
+    CASE_TIMEOUT,
+    SELECT,
+    IGNORE,
+    FAIL_AT,
+    OUTPUT,
     click.option(
         "--shard",
         metavar="I/N",
@@ -117,7 +129,7 @@ OPTIONS = (
         help="Go on with the last interrupted scan (or that of --run-dir).",
     ),
     click.option("--run-dir", type=click.Path(path_type=Path), help="Folder for journal and logs."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress."),
+    QUIET,
     click.option(
         "-v", "--verbose", is_flag=True, help="List every case; tracebacks for internal errors."
     ),
@@ -139,6 +151,13 @@ def scan(ctx: click.Context, /, **given: Any) -> None:
 
     With no GPU at hand: attncheck scan --with flash-attn
     """
+    scan_and_report(ctx, given, run_scan)
+
+
+def scan_and_report(
+    ctx: click.Context, given: dict[str, Any], run: Callable[[dict[str, Any]], Report]
+) -> None:
+    """The way of a command that makes one report: its options, waivers, formats and exit code."""
     from attncheck import config, waivers
 
     configured = config.load(Path.cwd())
@@ -147,7 +166,7 @@ def scan(ctx: click.Context, /, **given: Any) -> None:
     fail_on = options["fail-on"] or "error"
     if fail_on not in FAIL_ON:
         raise unknown("severity", fail_on, FAIL_ON)
-    report = guarded(lambda: run_scan(options), options["verbose"], ctx)
+    report = guarded(lambda: run(options), options["verbose"], ctx)
     report = waivers.apply(report, configured.get("waivers", ()), datetime.date.today())
     write(report, outputs, options["verbose"])
     ctx.exit(exit_code(report, fail_on))
